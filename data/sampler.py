@@ -1,0 +1,99 @@
+"""Which sample comes when: a pure function of (seed, position), so that resume is exact whatever the worker count.
+
+Position p is in epoch p // N, and an epoch is a permutation of the N steps drawn from (seed, epoch). Nothing is
+remembered between batches; a run that goes on at optimiser step s starts its sampler at position s · batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.frame_store import FrameStore
+
+
+@lru_cache(maxsize=2)
+def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+def sample_at(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
+    """The steps at `positions` (int64, ascending) of the endless sequence of epochs over `length` steps."""
+    epochs, within = np.divmod(positions, length)
+    return np.concatenate([_permutation(length, seed, e)[within[epochs == e]] for e in np.unique(epochs)])
+
+
+class StatelessBatches(Sampler[np.ndarray]):
+    """Endless batches of steps for one rank, from optimiser step `first_step` on."""
+
+    def __init__(self, length: int, batch_size: int, seed: int, first_step: int = 0, rank: int = 0, world: int = 1):
+        self.length, self.batch_size, self.seed = length, batch_size, seed
+        self.first_step, self.rank, self.world = first_step, rank, world
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        step = self.first_step
+        while True:
+            start = (step * self.world + self.rank) * self.batch_size
+            yield sample_at(np.arange(start, start + self.batch_size), self.length, self.seed)
+            step += 1
+
+
+class PairDataset(Dataset):
+    """(o_t, o_{t+H}, a_{t:t+H}, instruction) from a frame store, gathered a batch at a time.
+
+    A batch is a dict:
+        images          {camera: uint8 (B, 3, H, W)}
+        future_images   {camera: uint8 (B, 3, H, W)}; absent unless `future`. Where t+H runs past the episode the last
+                        frame stands in and future_valid is False
+        future_valid    bool (B,)
+        actions         float32 (B, H, 7) physical units, gripper {0, 1}; past the episode's end the last is repeated
+        action_valid    bool (B, H), False past the episode's end
+        state           float32 (B, S)
+        instruction     list of B str
+    """
+
+    def __init__(self, store: FrameStore, chunk: int, cameras: list[str], future: bool):
+        self.store, self.chunk, self.cameras, self.future = store, chunk, cameras, future
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitems__(self, steps: np.ndarray) -> dict:
+        store, steps = self.store, np.asarray(steps)
+        window = steps[:, None] + np.arange(self.chunk)
+        last = store.last_step[steps][:, None]
+        batch = {
+            "images": {camera: self._images(camera, steps) for camera in self.cameras},
+            "actions": torch.from_numpy(store.actions[np.minimum(window, last)]),
+            "action_valid": torch.from_numpy(window <= last),
+            "state": torch.from_numpy(store.states[steps]),
+            "instruction": [store.episodes[e]["instruction"] for e in store.episode_of[steps]],
+        }
+        if self.future:
+            future = steps + self.chunk
+            batch["future_valid"] = torch.from_numpy(future <= last[:, 0])
+            future = np.minimum(future, last[:, 0])
+            batch["future_images"] = {camera: self._images(camera, future) for camera in self.cameras}
+        return batch
+
+    def _images(self, camera: str, steps: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(self.store.frames(camera, steps)).permute(0, 3, 1, 2)
+
+
+def training_loader(dataset: PairDataset, batches: StatelessBatches, num_workers: int, pin: bool) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=_identity,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin,
+    )
+
+
+def _identity(batch: dict) -> dict:
+    return batch

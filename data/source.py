@@ -1,0 +1,90 @@
+"""From `data.path` to a frame store: a store is opened, a folder of a real format is converted once and kept.
+
+The converted store lies under $VLA_DATA/stores (datasets/stores by default), named by what it was made of: the files'
+names, sizes and times, and the reader's options. Another camera or orientation is therefore another store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from data.episode import Episode
+from data.frame_store import FrameStore, write_store
+from vla.config import BenchmarkConfig, DataConfig
+from vla.errors import UserError
+
+
+def open_source(benchmark: BenchmarkConfig, data: DataConfig, out: Path | None = None, pairing: str = "aligned") -> FrameStore:
+    """The frame store of `data.path`, converted first where it is a folder of a real format.
+
+    Args:
+        out: where a converted store goes; by default a place derived from its content.
+        pairing: see data/libero.py.
+
+    Raises:
+        UserError: nothing at data.path, no episodes in it, or files that cannot be read (each named).
+    """
+    path = Path(data.path)
+    if (path / "meta.json").exists():
+        return FrameStore(path)
+    files = source_files(benchmark, path)
+    options = dict(
+        family=benchmark.family, cameras=list(benchmark.cameras), image_rotation=data.image_rotation, pairing=pairing
+    )
+    out = out or stores_root() / f"{path.resolve().name}-{fingerprint(files, options | {'encoding': data.encoding})}"
+    if not (out / "meta.json").exists():
+        write_store(with_progress(files, options), out, reader=options, encoding=data.encoding)
+    return FrameStore(out)
+
+
+def stores_root() -> Path:
+    return Path(os.environ.get("VLA_DATA", "datasets")) / "stores"
+
+
+def source_files(benchmark: BenchmarkConfig, path: Path) -> list[Path]:
+    """The demonstration files under `path` for the benchmark's tasks, sorted."""
+    hint = f"collect demonstrations with `python scripts/collect.py benchmark={benchmark.name}`, or set data.path=FOLDER"
+    if not path.exists():
+        raise UserError(f"no data at {path}; {hint}")
+    files = [path] if path.is_file() else sorted(path.glob("*.hdf5"))
+    if benchmark.tasks is not None:
+        from envs.libero import task_list
+
+        names = task_list(benchmark.suite)
+        wanted = {f"{names[task][0]}_demo" for task in benchmark.tasks}
+        files = [file for file in files if file.stem in wanted]
+    if not files:
+        tasks = "" if benchmark.tasks is None else f" for benchmark.tasks={benchmark.tasks}"
+        raise UserError(f"{path} holds no *.hdf5 demonstrations{tasks}; {hint}")
+    return files
+
+
+def fingerprint(files: list[Path], options: dict) -> str:
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([facts, options], sort_keys=True).encode()).hexdigest()[:10]
+
+
+def with_progress(files: list[Path], options: dict) -> Iterator[Episode]:
+    columns = (TextColumn("converting {task.fields[name]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("files", total=len(files), name="")
+        for file in files:
+            progress.update(task, name=file.name)
+            yield from read(file, options)
+            progress.advance(task)
+
+
+def read(file: Path, options: dict) -> Iterator[Episode]:
+    """Episodes of one file of the benchmark family's format."""
+    if options["family"] == "libero":
+        from data.libero import read_libero
+
+        cameras, rotation, pairing = options["cameras"], options["image_rotation"], options["pairing"]
+        return read_libero(file, cameras, image_rotation=rotation, pairing=pairing)
+    raise UserError(f"benchmark.family={options['family']} has no reader; known: libero")

@@ -1,0 +1,44 @@
+"""Collect demonstrations with a scripted expert, in the real simulator and the benchmark's official file layout.
+
+    python scripts/collect.py benchmark=libero_goal benchmark.tasks=[8] demos=40
+
+Only successful episodes are kept; the same call again keeps what is there.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vla.cli import main
+from vla.config import CollectConfig
+
+
+@main("collect")
+def run(cfg: CollectConfig) -> None:
+    from envs.collection import collect
+    from envs.experts import RECIPES
+
+    benchmark = cfg.benchmark
+    tasks = benchmark.tasks if benchmark.tasks is not None else sorted(RECIPES.get(benchmark.suite, {}))
+    files = collect(
+        benchmark.suite,
+        tasks,
+        cfg.demos,
+        Path(cfg.out),
+        cameras=tuple(benchmark.cameras),
+        resolution=benchmark.resolution,
+        init_pool=cfg.init_pool,
+        start_displacement=benchmark.start_displacement,
+        noise=cfg.noise,
+        seed=cfg.seed,
+        workers=cfg.workers,
+    )
+    for file in files:
+        print(file)
+
+
+if __name__ == "__main__":
+    run()

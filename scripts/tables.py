@@ -1,0 +1,114 @@
+"""Comparison tables from a folder of results: rates and scores with intervals, arms paired on shared episodes.
+
+    python scripts/tables.py results
+    python scripts/tables.py results --csv table.csv --latex table.tex
+
+Every number comes from the records below the folder; what the columns mean is told in vla/analysis/tables.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vla.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python scripts/tables.py",
+        description="Compare arms: one table per benchmark from the episode records and analyses below a folder, each "
+        "number with its n and 95 % interval, each pair of arms tested on the episodes they share (exact McNemar).",
+        epilog="Example: python scripts/tables.py results --csv table.csv --latex table.tex",
+    )
+    parser.add_argument("results", type=Path, help="folder that holds runs of evaluate.py, at any depth")
+    parser.add_argument("--csv", type=Path, help="write the numbers here, the comparisons to <name>_comparisons.csv")
+    parser.add_argument("--latex", type=Path, help="write both tables here (needs \\usepackage{booktabs})")
+    options = parser.parse_args(arguments)
+    try:
+        run(options.results, options.csv, options.latex)
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+
+
+def run(folder: Path, csv: Path | None, latex: Path | None) -> None:
+    from rich.console import Console
+
+    from vla.analysis import tables
+
+    for path in (csv, latex):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"{path} cannot be written: create the folder {path.parent} first")
+    episodes, analyses = tables.load(folder)
+    results, comparisons = tables.results_table(episodes, analyses), tables.comparison_table(episodes)
+    width = None if sys.stdout.isatty() else 140  # a log file does not wrap at 80
+    console = Console(width=width, markup=False, highlight=False)
+    show(console, results, comparisons)
+    for note in tables.notes(episodes, results):
+        console.print(f"Note: {note}")
+    if csv is not None:
+        write_csv(csv, results, comparisons)
+    if latex is not None:
+        write_latex(latex, results, comparisons)
+
+
+def show(console: Console, results: pd.DataFrame, comparisons: pd.DataFrame) -> None:
+    """Print one table per benchmark and set of conditions, its paired comparisons below it."""
+    from rich.table import Table
+
+    from vla.analysis import tables
+
+    def print_table(text: pd.DataFrame, title: str | None, caption: str) -> None:
+        table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+        for column in text.columns:
+            table.add_column(column)
+        for row in text.itertuples(index=False):
+            table.add_row(*row)
+        console.print(table)
+
+    text, compared = tables.printable(results), tables.printable_comparisons(comparisons, results)
+    for title in dict.fromkeys(text.benchmark):
+        mine = text.benchmark == title
+        conditions = json.loads(results.conditions[mine].iloc[0])
+        caption = "value [95 % interval] (successes/episodes; held-out demonstrations; frame pairs)"
+        caption += "\n" + ", ".join(f"{name}={value}" for name, value in conditions.items())
+        print_table(text[mine].drop(columns="benchmark"), title, caption)
+        pairs = compared[compared.benchmark == title]
+        if len(pairs):
+            shown = [c for c in pairs.columns[1:-1] if c != "Holm" or (pairs[c] != tables.NONE).any()]
+            print_table(pairs[shown], None, "paired on shared (task, seed), difference = first - second")
+            for row in pairs.itertuples():
+                console.print(f"{row.arms}: {row.verdict}")
+            console.print(tables.PAIR_NOTE, style="dim")
+        console.print()
+
+
+def write_csv(path: Path, results: pd.DataFrame, comparisons: pd.DataFrame) -> None:
+    from envs.records import write_atomic
+
+    write_atomic(path, results.to_csv(index=False))
+    write_atomic(path.with_name(f"{path.stem}_comparisons{path.suffix}"), comparisons.to_csv(index=False))
+
+
+def write_latex(path: Path, results: pd.DataFrame, comparisons: pd.DataFrame) -> None:
+    """Two booktabs tabulars, text escaped; dashes and < spelt so that any engine and font encoding sets them."""
+    from envs.records import write_atomic
+    from vla.analysis import tables
+
+    texts = tables.printable(results), tables.printable_comparisons(comparisons, results).drop(columns="verdict")
+    source = "\n".join(text.to_latex(index=False, escape=True) for text in texts if len(text))
+    write_atomic(path, source.replace(tables.NONE, "--").replace("<", "$<$").replace(">", "$>$"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Train one VLA policy: a baseline × an ablation on a benchmark's demonstrations.
+
+    python train.py baseline=vlm4vla size=tiny ablation=ptr benchmark=libero_goal trainer=cpu
+    python train.py --help
+
+Writes runs/<name>-<hash of the config>/: config.yaml, metrics.csv, checkpoints/ and, at the end, policy/, which
+evaluate.py reads. A run that was stopped goes on with resume=auto; a finished one is not run again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from vla.cli import main
+from vla.config import TrainConfig, run_hash
+from vla.errors import UserError
+
+
+def train(cfg: TrainConfig) -> Path:
+    """One run, start to export; returns the exported policy directory."""
+    run = run_dir(cfg)
+    if (run / "policy" / "config.json").exists():
+        print(f"already trained: {run / 'policy'} (delete {run} to train it again)")
+        return run / "policy"
+    checkpoint = newest_checkpoint(cfg, run)
+
+    import torch
+
+    from data.sampler import PairDataset, StatelessBatches, training_loader
+    from data.source import open_source
+    from vla.build import build_inverse_dynamics, build_policy
+    from vla.module import VLAModule
+    from vla.training import first_step_of, fit, make_trainer, statistics_of
+
+    if cfg.trainer.threads:
+        torch.set_num_threads(cfg.trainer.threads)
+    torch.manual_seed(cfg.seed)
+    store = open_source(cfg.benchmark, cfg.data)
+    check(cfg, store)
+    arguments = policy_arguments(cfg)
+    policy = build_policy(cfg.policy.name, statistics_of(store), cfg.normalization, arguments)
+    inverse_dynamics = build_inverse_dynamics(policy, cfg.inverse_dynamics)
+    module = VLAModule(
+        policy,
+        inverse_dynamics,
+        cfg.optim,
+        cfg.augment,
+        max_steps=cfg.max_steps,
+        warmup_steps=warmup_steps(cfg, len(store)),
+        seed=cfg.seed,
+    )
+    first_step = first_step_of(checkpoint)
+    trainer = make_trainer(cfg, run, first_step)
+    batches = StatelessBatches(len(store), cfg.batch_size, cfg.seed, first_step, trainer.global_rank, trainer.world_size)
+    dataset = PairDataset(store, cfg.chunk, cfg.benchmark.cameras, future=inverse_dynamics is not None)
+    loader = training_loader(dataset, batches, cfg.trainer.num_workers, pin=cfg.trainer.accelerator == "gpu")
+    return fit(cfg, run, trainer, module, loader, checkpoint, arguments, store)
+
+
+def run_dir(cfg: TrainConfig) -> Path:
+    """runs/<what it is>-<hash>: the same for every launch of the same configuration."""
+    name = f"{cfg.policy.name}-{cfg.size}-{cfg.arm}-{cfg.benchmark.name}-s{cfg.seed}-{run_hash(cfg)}"
+    return Path(cfg.run_root) / name
+
+
+def newest_checkpoint(cfg: TrainConfig, run: Path) -> Path | None:
+    """The checkpoint to go on from. A run with checkpoints is neither resumed nor overwritten unless told which."""
+    if cfg.resume not in (None, "auto", "never"):
+        raise UserError(f"resume={cfg.resume} is not known; choose auto (go on) or never (start over)")
+    found = sorted((run / "checkpoints").glob("step=*.ckpt"), key=lambda p: int(p.stem.removeprefix("step=")))
+    if not found or cfg.resume == "never":
+        return None
+    if cfg.resume is None:
+        raise UserError(f"{run} holds an unfinished run (at {found[-1].stem}); add resume=auto to go on or resume=never to start over")
+    return found[-1]
+
+
+def check(cfg: TrainConfig, store) -> None:
+    """What would otherwise fail late or train on nothing."""
+    if cfg.max_steps < 1 or cfg.batch_size < 1:
+        raise UserError(f"max_steps={cfg.max_steps} and batch_size={cfg.batch_size} must both be at least 1")
+    if missing := set(cfg.benchmark.cameras) - set(store.meta.cameras):
+        raise UserError(f"{store.path} has no camera {sorted(missing)}; it has {sorted(store.meta.cameras)}")
+    shortest = min(store.episodes, key=lambda episode: episode["length"])
+    if cfg.chunk < 1 or cfg.chunk >= shortest["length"]:
+        raise UserError(
+            f"chunk={cfg.chunk} must be between 1 and the shortest episode's length minus one "
+            f"({shortest['length']} steps: {shortest['source']}); set chunk=N"
+        )
+
+
+def policy_arguments(cfg: TrainConfig) -> dict:
+    arguments = {key: value for key, value in asdict(cfg.policy).items() if key != "name"}
+    return arguments | dict(chunk=cfg.chunk, cameras=list(cfg.benchmark.cameras), tap=cfg.inverse_dynamics.tap)
+
+
+def warmup_steps(cfg: TrainConfig, samples: int) -> int:
+    if cfg.optim.warmup_steps is not None:
+        return cfg.optim.warmup_steps
+    return round(cfg.optim.warmup_epochs * samples / cfg.batch_size)
+
+
+@main("train")
+def run(cfg: TrainConfig) -> None:
+    train(cfg)
+
+
+if __name__ == "__main__":
+    run()

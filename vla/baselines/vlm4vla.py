@@ -1,0 +1,197 @@
+"""VLM4VLA: a pretrained VLM, one learned action query, a fully connected decoder (fact sheet §3; IDL A.3.2, A.5).
+
+Qwen3-VL comes from transformers. Sequence: prompt with the image's tokens in it, right-padded, then the query at the very
+end (after the pads, as in the reference). The head reads the query's last hidden state and predicts H actions at once.
+
+Departures from the public code, each on purpose: DeepStack is on (the public class loses it silently, fact sheet §0a.6;
+`deepstack: false` gives the public behaviour), and o_t and o_{t+H} share one augmentation draw.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3VLForConditionalGeneration
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig, Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
+
+from data.normalization import ActionNormalizer
+from vla.errors import UserError
+from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized
+from vla.tokenizer import byte_tokenizer
+from vla.vision import ConvTower, QwenVision
+
+IMAGE = "<|image_pad|>"
+
+
+class FCDecoder(nn.Module):
+    """Query state (B, D) → tanh-bounded motion (B, H, 6) and gripper logits (B, H) (fact sheet §3.4)."""
+
+    def __init__(self, hidden: int, width: int, chunk: int):
+        super().__init__()
+        self.chunk = chunk
+        self.trunk = _mlp([hidden, hidden // 2, width])
+        self.motion = _mlp([width, width, width // 2, width // 4, GRIPPER * chunk])
+        self.gripper = _mlp([width, width, width // 2, width // 4, chunk])
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        trunk = self.trunk(query)
+        return self.motion(trunk).tanh().unflatten(-1, (self.chunk, GRIPPER)), self.gripper(trunk)
+
+
+def _mlp(widths: list[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(narrow, wide), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class VLM4VLA(Policy):
+    """See the module's docstring; attributes as in Policy.
+
+    Args:
+        visual: maps uint8 frames to VisualTokens whose embeds are as wide as the language model.
+        language_model: Qwen3-VL's text model, without its lm_head (it would never get a gradient).
+        prompt: template with one `<|image_pad|>` and `{instruction}`.
+    """
+
+    def __init__(
+        self,
+        visual: nn.Module,
+        language_model: Qwen3VLTextModel,
+        tokenizer: PreTrainedTokenizerBase,
+        normalizer: ActionNormalizer,
+        *,
+        chunk: int,
+        cameras: list[str],
+        image_size: int,
+        tap: str,
+        prompt: str,
+        deepstack: bool,
+        head_width: int,
+        huber_delta: float,
+        gripper_weight: float,
+    ):
+        super().__init__(chunk, cameras, image_size, tap, normalizer)
+        if list(cameras) != ["static"]:
+            raise UserError(f"vlm4vla reads the static camera only, not {cameras}; set benchmark.cameras=[static]")
+        if prompt.count(IMAGE) != 1 or "{instruction}" not in prompt:
+            raise UserError(f"policy.prompt must hold {IMAGE} once and {{instruction}}; it is {prompt!r}")
+        self.visual, self.language_model, self.tokenizer = visual, language_model, tokenizer
+        hidden = language_model.config.hidden_size
+        self.query = nn.Parameter(torch.zeros(hidden))
+        self.head = FCDecoder(hidden, head_width, chunk)
+        self.prompt, self.deepstack = prompt, deepstack
+        self.huber_delta, self.gripper_weight = huber_delta, gripper_weight
+        self.image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+
+    @classmethod
+    def build(
+        cls,
+        normalizer: ActionNormalizer,
+        *,
+        pretrained: str | None = None,
+        vision: str = "qwen",
+        vision_config: dict | None = None,
+        text_config: dict | None = None,
+        vision_size: int = 448,
+        attention: str = "sdpa",
+        tap: str = "post_projector",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **arguments,
+    ) -> VLM4VLA:
+        """From released weights (`pretrained`, a hub id or a folder), or random ones of the given dimensions.
+
+        Args:
+            attention: transformers' attn_implementation (sdpa, eager, flash_attention_2).
+
+        Raises:
+            UserError: `pretrained` cannot be loaded, or `vision` is neither "qwen" nor "conv".
+        """
+        if pretrained is not None:
+            try:
+                vlm = Qwen3VLForConditionalGeneration.from_pretrained(
+                    pretrained, dtype=torch.float32, attn_implementation=attention
+                )
+                tokenizer = AutoTokenizer.from_pretrained(pretrained)
+            except (OSError, ValueError) as error:
+                raise UserError(f"policy.pretrained={pretrained} cannot be loaded: {error}") from error
+            visual = QwenVision(vlm.config.vision_config, vision_size, tap, vlm.model.visual)
+            return cls(visual, vlm.model.language_model, tokenizer, normalizer, tap=tap, **arguments)
+
+        tokenizer = tokenizer or byte_tokenizer()
+        if vision == "conv":
+            visual = ConvTower(**vision_config, tap=tap)
+        elif vision == "qwen":
+            visual = QwenVision(Qwen3VLVisionConfig(**vision_config), vision_size, tap)
+            visual.model.set_attn_implementation(attention)
+        else:
+            raise UserError(f"policy.vision={vision} is not known; choose qwen or conv")
+        text = Qwen3VLTextConfig(**{"vocab_size": len(tokenizer), **text_config})
+        language_model = Qwen3VLTextModel(text)
+        language_model.set_attn_implementation(attention)
+        return cls(visual, language_model, tokenizer, normalizer, tap=tap, **arguments)
+
+    def architecture(self) -> dict:
+        """What `build` needs, beside the config, to make the same modules again without the source of their weights."""
+        vision = self.visual.model.config.to_diff_dict() if isinstance(self.visual, QwenVision) else None
+        text = self.language_model.config.to_diff_dict()
+        return {"pretrained": None, "text_config": text} | ({"vision_config": vision} if vision else {})
+
+    def vision_modules(self) -> list[nn.Module]:
+        return [self.visual]
+
+    def encode_images(self, images: dict[str, Tensor]) -> dict[str, VisualTokens]:
+        return {camera: self.visual(images[camera]) for camera in self.cameras}
+
+    def decode(self, visual: dict[str, VisualTokens], instructions: list[str]) -> tuple[Tensor, Tensor]:
+        """Normalised motion (B, H, 6) in (-1, 1) and gripper logits (B, H)."""
+        tokens = visual["static"]
+        ids, mask = self.tokenize(instructions, tokens.embeds.shape[1], tokens.embeds.device)
+        embeds = self.language_model.embed_tokens(ids)
+        is_image = ids == self.image_id
+        embeds = embeds.masked_scatter(is_image[..., None], tokens.embeds.to(embeds.dtype))
+        query = self.query.to(embeds.dtype).expand(len(ids), 1, -1)
+        embeds = torch.cat([embeds, query], dim=1)
+        mask, is_image = F.pad(mask, (0, 1), value=1), F.pad(is_image, (0, 1), value=False)
+        # Plain positions on all three M-RoPE axes, pads counted (§3.3): the query stands at the padded length.
+        positions = torch.arange(embeds.shape[1], device=ids.device).expand(3, len(ids), -1)
+        deepstack = [layer.flatten(0, 1) for layer in tokens.deepstack] if self.deepstack else []
+        hidden = self.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            visual_pos_masks=is_image if deepstack else None,
+            deepstack_visual_embeds=deepstack or None,
+            use_cache=False,
+        ).last_hidden_state
+        return self.head(hidden[:, -1])
+
+    def tokenize(self, instructions: list[str], image_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Token ids and attention mask (B, L), right-padded to the longest, one id per visual token."""
+        texts = [
+            self.prompt.replace(IMAGE, IMAGE * image_tokens).replace("{instruction}", instruction.strip())
+            for instruction in instructions
+        ]
+        encoded = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+        return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+
+    def loss(self, batch: dict, visual: dict[str, VisualTokens]) -> dict[str, Tensor]:
+        """Huber(δ) over valid steps × 6 motion dims + gripper_weight · BCE over valid steps (§3.5)."""
+        motion, gripper = self.decode(visual, batch["instruction"])
+        target, valid = self.normalizer.normalize(batch["actions"]), batch["action_valid"].float()
+        huber = F.huber_loss(motion.float(), target[..., :GRIPPER], delta=self.huber_delta, reduction="none").mean(-1)
+        bce = F.binary_cross_entropy_with_logits(gripper.float(), target[..., GRIPPER], reduction="none")
+        huber, bce = (huber * valid).sum() / valid.sum(), (bce * valid).sum() / valid.sum()
+        return {"loss": huber + self.gripper_weight * bce, "huber": huber, "gripper_bce": bce}
+
+    @torch.no_grad()
+    def predict(self, observation: dict) -> Tensor:
+        visual = self.encode_images(self.prepare(observation["images"]))
+        motion, gripper = self.decode(visual, observation["instruction"])
+        return actions_from_normalized(motion, gripper > 0, self.normalizer)

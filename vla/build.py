@@ -1,0 +1,44 @@
+"""From names and numbers to modules: the only place that knows which class a baseline's name stands for."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from data.normalization import ActionNormalizer, ActionStatistics
+from vla.config import InverseDynamicsConfig
+from vla.errors import UserError
+from vla.inverse_dynamics import InverseDynamics
+from vla.policy import Policy
+
+BASELINES = ("vlm4vla",)
+
+
+def policy_class(name: str) -> type[Policy]:
+    if name == "vlm4vla":
+        from vla.baselines.vlm4vla import VLM4VLA
+
+        return VLM4VLA
+    raise UserError(f"baseline {name!r} is not known; choose one of {', '.join(BASELINES)}")
+
+
+def build_policy(name: str, statistics: ActionStatistics, normalization: str, arguments: dict[str, Any]) -> Policy:
+    """A policy of baseline `name`; `arguments` are those of its `build`."""
+    return policy_class(name).build(ActionNormalizer(statistics, normalization), **arguments)
+
+
+def build_inverse_dynamics(policy: Policy, cfg: InverseDynamicsConfig) -> InverseDynamics | None:
+    """The auxiliary head for this policy's tap, or None when the ablation has none.
+
+    Raises:
+        UserError: an unknown reverse_space, or a tap with no trainable parameter behind it.
+    """
+    if not cfg.enabled:
+        return None
+    if cfg.reverse_space not in ("physical", "normalised"):
+        raise UserError(f"inverse_dynamics.reverse_space={cfg.reverse_space} is not known; choose physical or normalised")
+    if not any(p.requires_grad for module in policy.vision_modules() for p in module.parameters()):
+        raise UserError(f"inverse_dynamics.tap={cfg.tap} has no trainable parameter behind it; train the vision encoder")
+    tokens, channels = policy.tap_shape()
+    arguments = {k: v for k, v in asdict(cfg).items() if k not in ("enabled", "tap")}
+    return InverseDynamics(tokens, channels, policy.chunk, policy.normalizer, **arguments)

@@ -1,0 +1,118 @@
+"""How the entry points start: Hydra composes, bad input becomes one line, heavy imports wait.
+
+`main("train")` wraps a function of one typed config. Hydra's own messages run over several lines and, for a few
+mistakes, a traceback; here every mistake in the command line ends as one line that names the key, suggests the
+nearest one, and exits with 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vla.config import register, typed
+from vla.errors import UserError
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def main(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
+    """Decorate `run(cfg)`, where cfg is the frozen dataclass of conf/<name>.yaml.
+
+    Exit codes: 0 done, 2 bad input (one line on stderr), anything else is a bug and keeps its traceback.
+    """
+
+    def decorate(run: Callable[[Any], Any]) -> Callable[[], None]:
+        @functools.wraps(run)
+        def entry() -> None:
+            register()
+            os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting by itself
+
+            @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
+            def compose_and_run(cfg: DictConfig) -> Any:
+                return run(typed(cfg))
+
+            try:
+                compose_and_run()
+            except UserError as error:
+                fail(str(error))
+            except (HydraException, OmegaConfBaseException) as error:
+                fail(explain(error, name))
+            except KeyboardInterrupt:
+                fail("interrupted; run the same command again to go on", code=130)
+
+        return entry
+
+    return decorate
+
+
+def fail(message: str, code: int = 2) -> None:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)
+
+
+def explain(error: Exception, name: str) -> str:
+    """One line for what Hydra or OmegaConf found wrong, with the nearest valid key or choice."""
+    cause: BaseException | None = error
+    text = str(error)
+    while cause is not None and cause.__cause__ is not None:
+        cause = cause.__cause__
+        text += "\n" + str(cause)
+    if missing := re.search(r"Could not find '(\w[\w/]*)/([^']+)'", text):
+        group, choice = missing.groups()
+        return f"{group}={choice} does not exist; choose one of: {', '.join(choices(group))}" + (
+            f" (did you mean {near}?)" if (near := nearest(choice, choices(group))) else ""
+        )
+    if unknown := re.search(r"Could not override '([^']+)'", text):
+        if "is not in struct" in text or "not in" in text:
+            key = unknown.group(1)
+            near = nearest(key, known_keys(name))
+            hint = f"did you mean {near}?" if near else f"`python {name}.py --cfg job` lists the keys"
+            return f"unknown key {key!r} on the command line; {hint}"
+    if group := re.search(r"Could not override '([^']+)'\.?\s*No match in the defaults list", text):
+        near = nearest(group.group(1), known_keys(name))
+        return f"unknown group {group.group(1)!r}" + (f"; did you mean {near}?" if near else "")
+    if key := re.search(r"Missing mandatory value: (\S+)|Structured config of type .* has missing mandatory value: (\S+)", text):
+        return f"{key.group(1) or key.group(2)} needs a value; give {key.group(1) or key.group(2)}=... on the command line"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(dict.fromkeys(lines[:4]))
+
+
+def nearest(word: str, words: list[str]) -> str | None:
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def known_keys(name: str) -> list[str]:
+    """Every dotted key of the default composition, and the group names."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(config_name=name)
+    keys: list[str] = [path.name for path in CONF.iterdir() if path.is_dir()]
+
+    def walk(node: Any, prefix: str) -> None:
+        for key in node:
+            keys.append(f"{prefix}{key}")
+            if OmegaConf.is_dict(OmegaConf.select(node, str(key), throw_on_missing=False)):
+                walk(node[key], f"{prefix}{key}.")
+
+    walk(cfg, "")
+    return keys

@@ -1,0 +1,217 @@
+"""The typed shape of every configuration: YAML in conf/ is checked against these dataclasses when a run starts.
+
+Hydra composes YAML, OmegaConf checks it against the dataclasses below (a misspelt key or a wrong type fails before
+anything is imported or written), and `typed()` turns it into frozen objects, so that no DictConfig reaches a model.
+Nothing here imports torch: `--help` and a misspelt key answer at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+
+@dataclass(frozen=True)
+class VLM4VLAConfig:
+    """Fact sheet §3; the constructor of vla/baselines/vlm4vla.py explains each."""
+
+    name: str = "vlm4vla"
+    pretrained: str | None = None
+    vision: str = "qwen"
+    vision_config: dict[str, Any] = field(default_factory=dict)
+    text_config: dict[str, Any] = field(default_factory=dict)
+    image_size: int = 224
+    vision_size: int = 448
+    attention: str = "sdpa"
+    deepstack: bool = True
+    prompt: str = MISSING
+    head_width: int = 1024
+    huber_delta: float = 1.0
+    gripper_weight: float = 0.01
+
+
+@dataclass(frozen=True)
+class InverseDynamicsConfig:
+    """IDL §3, A.1 and tables 7-10. `enabled` is what the ablation switches, `reverse_prob` is p_rev of PTR."""
+
+    enabled: bool = False
+    weight: float = 0.1
+    gripper_weight: float = 0.01
+    dim: int = 1024
+    tap: str = "post_projector"
+    reverse_prob: float = 0.0
+    reverse_space: str = "physical"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = MISSING
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    schedule: str = "constant"
+    warmup_steps: int | None = None
+    warmup_epochs: float = 0.0
+    ema: float = 0.0
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Training-time image augmentation, the same draw for o_t and o_{t+H}."""
+
+    shift: dict[str, int] = field(default_factory=dict)
+    brightness: float = 0.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = MISSING
+    image_rotation: str = "rotate180"
+    encoding: str = "raw"
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    name: str = MISSING
+    family: str = MISSING
+    suite: str = MISSING
+    tasks: list[int] | None = None
+    cameras: list[str] = MISSING
+    resolution: int = MISSING
+    init_states: int = 50
+    settle_steps: int = 10
+    start_displacement: float = 0.0
+    fixture_seed: int = 0
+    max_steps: int | None = None
+    chunk: int = MISSING
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    accelerator: str = "cpu"
+    devices: int = 1
+    precision: str = "32-true"
+    threads: int | None = None
+    num_workers: int = 0
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    wandb: bool = False
+    project: str = "vla"
+    offline: bool = True
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    size: str = MISSING
+    arm: str = MISSING
+    policy: Any = MISSING
+    inverse_dynamics: InverseDynamicsConfig = field(default_factory=InverseDynamicsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    chunk: int = MISSING
+    normalization: str = MISSING
+    batch_size: int = MISSING
+    max_steps: int = MISSING
+    time_limit_minutes: float | None = None
+    seed: int = 0
+    resume: str | None = None
+    run_root: str = "runs"
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    name: str = MISSING
+    execute_steps: int | None = None
+    workers: int = 2
+    max_batch: int = 8
+    exact: bool = True
+    retries: int = 2
+    episode_timeout: float = 600.0
+    videos: int = 0
+    tap: str = "post_projector"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    policy: str = MISSING
+    arm: str | None = None
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    episodes: int = 20
+    first_seed: int = 0
+    threads: int | None = None
+    device: str = "cpu"
+    results_root: str = "results"
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    out: str = MISSING
+    demos: int = 20
+    init_pool: int = 30
+    noise: float = 0.4
+    seed: int = 0
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    out: str | None = None
+    pairing: str = "aligned"
+
+
+def register() -> None:
+    """Make the dataclasses known to Hydra, under the names that the defaults lists in conf/ use."""
+    store = ConfigStore.instance()
+    for node in (TrainConfig, EvaluateConfig, CollectConfig, ConvertConfig):
+        store.store(name=f"schema_{node.__name__.removesuffix('Config').lower()}", node=_open(node))
+    store.store(group="schema", name="vlm4vla", node=_open(VLM4VLAConfig), package="policy")
+
+
+def _open(node: type) -> DictConfig:
+    """The schema of a frozen dataclass, writable while Hydra composes; `typed` gives the frozen object back."""
+    schema = OmegaConf.structured(node)
+
+    def unlock(config: DictConfig) -> None:
+        OmegaConf.set_readonly(config, None)
+        for key in config:
+            child = config._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+                unlock(child)
+
+    unlock(schema)
+    return schema
+
+
+def typed(cfg: DictConfig) -> Any:
+    """Resolve every interpolation and return the frozen dataclass; a missing value is an OmegaConf error."""
+    OmegaConf.resolve(cfg)
+    return OmegaConf.to_object(cfg)
+
+
+# What may change between two launches of one run without making it another run.
+_NOT_IDENTITY = ("resume", "run_root", "logger", "time_limit_minutes")
+
+
+def run_hash(cfg: TrainConfig) -> str:
+    """Eight hex digits that are a function of the resolved configuration alone, never of the clock or the machine."""
+    identity = {k: v for k, v in asdict(cfg).items() if k not in _NOT_IDENTITY}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

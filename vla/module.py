@@ -1,0 +1,108 @@
+"""The LightningModule: L = L_vla + λ_inv · L_inv (IDL §3.3), optimiser, schedule.
+
+Everything random in a step (augmentation, reversal, noise, dropout) is drawn after seeding torch with (seed, step, rank),
+so a step is a function of those three and the weights, and a resumed run repeats an uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import lightning as L
+import torch
+from torch import Tensor
+from transformers import get_scheduler
+
+from data.augment import random_brightness, random_shift
+from vla.config import AugmentConfig, OptimConfig
+from vla.errors import UserError
+from vla.inverse_dynamics import InverseDynamics
+from vla.policy import Policy
+
+SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
+
+
+class VLAModule(L.LightningModule):
+    """Trains `policy`; `inverse_dynamics` is None for the vanilla baseline and is never exported."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        inverse_dynamics: InverseDynamics | None,
+        optim: OptimConfig,
+        augment: AugmentConfig,
+        *,
+        max_steps: int,
+        warmup_steps: int,
+        seed: int,
+    ):
+        super().__init__()
+        self.policy, self.inverse_dynamics = policy, inverse_dynamics
+        self.optim, self.augment, self.seed = optim, augment, seed
+        self.max_steps, self.warmup_steps = max_steps, warmup_steps
+
+    def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
+        key = f"{self.seed}/{self.global_step}/{self.global_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:7], "big"))
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        losses = self.losses(batch)
+        if not torch.isfinite(losses["total"]):
+            raise UserError(
+                f"the loss is {losses['total'].item()} at step {self.global_step}; nothing was saved after the last "
+                "checkpoint. Lower optim.lr, or look for bad actions in the data, then resume=auto"
+            )
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(batch["actions"]))
+        return losses["total"]
+
+    def losses(self, batch: dict) -> dict[str, Tensor]:
+        """The policy's losses, the auxiliary ones where there are, and their weighted sum under "total"."""
+        size = len(batch["actions"])
+        frames = [self.policy.prepare(batch["images"])]
+        if self.inverse_dynamics is not None:
+            frames.append(self.policy.prepare(batch["future_images"]))
+        frames = self.augmented(frames)
+        visual = self.policy.encode_images({camera: torch.cat([f[camera] for f in frames]) for camera in frames[0]})
+        current = {camera: tokens.rows(slice(0, size)) for camera, tokens in visual.items()}
+        losses = self.policy.loss(batch, current)
+        if self.inverse_dynamics is None:
+            return losses | {"total": losses["loss"]}
+        future = {camera: tokens.rows(slice(size, None)) for camera, tokens in visual.items()}
+        inverse = self.inverse_dynamics(current, future, batch["actions"], batch["future_valid"])
+        total = losses["loss"] + self.inverse_dynamics.weight * inverse["inverse_loss"]
+        return losses | inverse | {"total": total}
+
+    def augmented(self, frames: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """The same draw for all frames of a sample's camera: `frames` is [current] or [current, future]."""
+        out: list[dict[str, Tensor]] = [{} for _ in frames]
+        for camera in frames[0]:
+            images = [frame[camera] for frame in frames]
+            if pixels := self.augment.shift.get(camera, 0):
+                images = random_shift(images, pixels)
+            if self.augment.brightness:
+                images = random_brightness(images, self.augment.brightness)
+            for target, image in zip(out, images, strict=True):
+                target[camera] = image
+        return out
+
+    def configure_optimizers(self) -> dict:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=self.optim.lr, betas=self.optim.betas, weight_decay=self.optim.weight_decay, fused=True
+        )
+        if self.optim.schedule not in SCHEDULES:
+            raise UserError(f"optim.schedule={self.optim.schedule} is not known; choose one of {', '.join(SCHEDULES)}")
+        scheduler = get_scheduler(SCHEDULES[self.optim.schedule], optimizer, self.warmup_steps, self.max_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        normalizer = self.policy.normalizer
+        checkpoint["statistics"] = {"scheme": normalizer.scheme, **normalizer.statistics.to_dict()}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        normalizer = self.policy.normalizer
+        if checkpoint["statistics"] != {"scheme": normalizer.scheme, **normalizer.statistics.to_dict()}:
+            raise UserError(
+                "the checkpoint was trained with other action statistics than the data now gives; point data.path at "
+                "the data it was trained on, or start a new run with resume=null"
+            )

@@ -1,0 +1,113 @@
+"""The contract every baseline meets.
+
+A policy turns images and an instruction into an action chunk. Its vision encoding is a separate call, so that the
+training module can encode current and future frames in one pass and hand the same tokens to the policy's loss and to
+the inverse dynamics head (design: The contract). The policy never sees the future frame and never knows of that head.
+
+Adding a backbone: one file in vla/baselines/ with a class that fills in `encode_images`, `loss` and `predict`, one YAML
+in conf/baseline/, and tests/test_contract.py passing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.normalization import ActionNormalizer
+
+GRIPPER = 6
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """What a vision encoder makes of one camera's frames.
+
+    Attributes:
+        embeds: (B, P, D) tokens that the policy's own decoder reads.
+        tap: (B, P', C) tokens that inverse dynamics and the probes read.
+        deepstack: further (B, P, D) tensors that some decoders add at deeper layers.
+    """
+
+    embeds: Tensor
+    tap: Tensor
+    deepstack: tuple[Tensor, ...] = ()
+
+    def rows(self, rows: slice) -> VisualTokens:
+        return VisualTokens(self.embeds[rows], self.tap[rows], tuple(layer[rows] for layer in self.deepstack))
+
+
+class Policy(nn.Module):
+    """A vision-language-action policy.
+
+    Attributes:
+        chunk: H, actions predicted at a time.
+        cameras: names of the cameras it reads, in order.
+        image_size: frames are resized to this before augmentation and encoding.
+        tap: which visual tokens `VisualTokens.tap` holds: pre_projector, post_projector or layer:k (k = block index).
+        normalizer: physical ↔ normalised actions.
+    """
+
+    def __init__(self, chunk: int, cameras: list[str], image_size: int, tap: str, normalizer: ActionNormalizer):
+        super().__init__()
+        self.chunk, self.cameras, self.image_size, self.tap = chunk, list(cameras), image_size, tap
+        self.normalizer = normalizer
+
+    def encode_images(self, images: dict[str, Tensor]) -> dict[str, VisualTokens]:
+        """Camera → visual tokens, for uint8 (B, 3, image_size, image_size) frames from `prepare`."""
+        raise NotImplementedError
+
+    def loss(self, batch: dict, visual: dict[str, VisualTokens]) -> dict[str, Tensor]:
+        """The baseline's own objective under "loss", and what it is made of under other names (scalars).
+
+        `batch` is that of data/sampler.py; the future frames in it are not to be read.
+        """
+        raise NotImplementedError
+
+    def predict(self, observation: dict) -> Tensor:
+        """(B, H, 7) actions in physical units, gripper in {0, 1}, 1 = open.
+
+        Args:
+            observation: {"images": {camera: uint8 (B, 3, H, W)}, "state": (B, S), "instruction": list of B str}
+        """
+        raise NotImplementedError
+
+    def vision_modules(self) -> list[nn.Module]:
+        """The modules behind the tap, so that a tap with nothing to train behind it can be refused."""
+        raise NotImplementedError
+
+    def prepare(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Resize uint8 (B, 3, h, w) frames to the policy's size; the same call in training and in `predict`."""
+        size = (self.image_size, self.image_size)
+        return {
+            camera: frames if frames.shape[-2:] == size else resize(frames, size)
+            for camera, frames in images.items()
+            if camera in self.cameras
+        }
+
+    @torch.no_grad()
+    def tap_shape(self) -> tuple[int, int]:
+        """(P', C) of one frame's tap."""
+        training, device = self.training, next(self.parameters()).device
+        self.eval()
+        blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=device)
+        tokens = self.encode_images({camera: blank for camera in self.cameras})[self.cameras[0]].tap
+        self.train(training)
+        return tokens.shape[1], tokens.shape[2]
+
+
+def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic, antialiased, uint8 to uint8. On a CPU within one grey level of Pillow's; CUDA has no integer kernel."""
+    if frames.device.type == "cpu":
+        frames = frames.contiguous(memory_format=torch.channels_last)
+        return F.interpolate(frames, size, mode="bicubic", antialias=True, align_corners=False)
+    frames = F.interpolate(frames.float(), size, mode="bicubic", antialias=True, align_corners=False)
+    return frames.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def actions_from_normalized(motion: Tensor, gripper_open: Tensor, normalizer: ActionNormalizer) -> Tensor:
+    """Physical (B, H, 7) from normalised motion (B, H, 6) and a boolean "open" (B, H)."""
+    actions = torch.cat([motion.float(), gripper_open.float()[..., None]], dim=-1)
+    return normalizer.unnormalize(actions)

@@ -1,0 +1,118 @@
+"""Vision towers of the Qwen3-VL baselines: the model's own, and a small convolutional one for the laptop.
+
+Both take uint8 frames and return VisualTokens, so the policy behind them does not know which it has.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+from vla.errors import UserError
+from vla.policy import VisualTokens, resize
+
+
+def parse_tap(tap: str, depth: int) -> int | str:
+    """The tap "pre_projector" or "post_projector" as it is, "layer:k" as the block index k in 0 … depth-1."""
+    if tap in ("pre_projector", "post_projector"):
+        return tap
+    kind, _, index = tap.partition(":")
+    if kind != "layer" or not index.isdigit() or int(index) >= depth:
+        raise UserError(
+            f"inverse_dynamics.tap={tap} is not known; choose pre_projector, post_projector or layer:0 … layer:{depth - 1}"
+        )
+    return int(index)
+
+
+class QwenVision(nn.Module):
+    """Qwen3-VL's vision tower on the reference's image path (fact sheet §3.2).
+
+    The 224 × 224 frame is upsampled to `vision_size` = 448, because the reference's processor asks for at least 200 704
+    pixels: grid (1, 28, 28), 784 patches, 196 merged tokens. Taps: pre_projector = last block before the merger
+    (784 tokens, in 2 × 2 blocks, not raster order), post_projector = merged tokens, layer:k = output of block k.
+    """
+
+    def __init__(self, config: Qwen3VLVisionConfig, vision_size: int, tap: str, model: Qwen3VLVisionModel | None = None):
+        super().__init__()
+        self.model = Qwen3VLVisionModel(config) if model is None else model
+        self.patch, self.merge = config.patch_size, config.spatial_merge_size
+        self.temporal = config.temporal_patch_size
+        if vision_size % (self.patch * self.merge):
+            raise UserError(f"policy.vision_size={vision_size} must be a multiple of {self.patch * self.merge}")
+        self.size, self.tap = vision_size, parse_tap(tap, config.depth)
+
+    def forward(self, frames: Tensor) -> VisualTokens:
+        batch, grid = len(frames), self.size // self.patch
+        grid_thw = torch.tensor([[1, grid, grid]], device=frames.device).expand(batch, 3)
+        output = self.model(
+            self.patches(frames).to(self.model.dtype), grid_thw=grid_thw, output_hidden_states=isinstance(self.tap, int)
+        )
+        embeds = output.pooler_output.unflatten(0, (batch, -1))
+        taps = {"pre_projector": output.last_hidden_state, "post_projector": output.pooler_output}
+        tap = taps[self.tap] if isinstance(self.tap, str) else output.hidden_states[self.tap + 1]
+        deepstack = tuple(layer.unflatten(0, (batch, -1)) for layer in output.deepstack_features)
+        return VisualTokens(embeds, tap.unflatten(0, (batch, -1)), deepstack)
+
+    def patches(self, frames: Tensor) -> Tensor:
+        """uint8 (B, 3, h, w) → (B · patches, 3 · temporal · patch²), 2 × 2 blocks together, pixels in [-1, 1]."""
+        if frames.shape[-1] != self.size:
+            frames = resize(frames, (self.size, self.size))
+        pixels = frames.float() / 127.5 - 1
+        blocks, m, p = self.size // self.patch // self.merge, self.merge, self.patch
+        pixels = pixels.reshape(-1, 3, blocks, m, p, blocks, m, p)
+        pixels = pixels.permute(0, 2, 5, 3, 6, 1, 4, 7)  # B, block row, block col, row, col, channel, y, x
+        pixels = pixels.unsqueeze(6).expand(-1, -1, -1, -1, -1, -1, self.temporal, -1, -1)
+        return pixels.reshape(-1, 3 * self.temporal * p * p)
+
+
+class ConvTower(nn.Module):
+    """Four stride-2 convolutions and two residual blocks: a 64 × 64 frame becomes 16 tokens.
+
+    Stands in for the ViT at size `tiny` only: from random weights and within minutes a ViT learns no useful features
+    (facts demo §2). Normalisation is per sample, so that a frame's tokens do not depend on its batch.
+    Taps: pre_projector = tokens before the last projection, post_projector = after it.
+    """
+
+    def __init__(self, width: int, out_hidden_size: int, tap: str):
+        super().__init__()
+        widths = [3, width, 2 * width, 4 * width, 4 * width]
+        stem = []
+        for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+            stem += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, wide), nn.ReLU()]
+        self.stem = nn.Sequential(*stem)
+        self.blocks = nn.ModuleList(_Residual(widths[-1]) for _ in range(2))
+        self.projector = nn.Linear(widths[-1], out_hidden_size)
+        self.position = nn.Parameter(torch.zeros(1, 16, out_hidden_size))
+        self.tap = parse_tap(tap, len(self.blocks))
+
+    def forward(self, frames: Tensor) -> VisualTokens:
+        hidden = self.stem((frames.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last))
+        layers = []
+        for block in self.blocks:
+            hidden = block(hidden)
+            layers.append(hidden)
+        before = hidden.flatten(2).transpose(1, 2)
+        after = self.projector(before) + self.position
+        if isinstance(self.tap, int):
+            tap = layers[self.tap].flatten(2).transpose(1, 2)
+        else:
+            tap = before if self.tap == "pre_projector" else after
+        return VisualTokens(after, tap)
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.GroupNorm(8, width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.GroupNorm(8, width),
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.relu(hidden + self.body(hidden))
