@@ -7,12 +7,13 @@ nearest one, and exits with 2.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +38,33 @@ def main(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
         @functools.wraps(run)
         def entry() -> None:
             register()
+            OmegaConf.register_new_resolver("choices", lambda group: "  ".join(choices(group)), replace=True)
             os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises instead of printing and exiting by itself
 
             @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
             def compose_and_run(cfg: DictConfig) -> Any:
-                return run(typed(cfg))
+                with one_line(name):  # inside too: Hydra prints a line of its own for what leaves a job
+                    return run(typed(cfg))
 
-            try:
+            with one_line(name):
                 compose_and_run()
-            except UserError as error:
-                fail(str(error))
-            except (HydraException, OmegaConfBaseException) as error:
-                fail(explain(error, name))
-            except KeyboardInterrupt:
-                fail("interrupted; run the same command again to go on", code=130)
 
         return entry
 
     return decorate
+
+
+@contextlib.contextmanager
+def one_line(name: str) -> Iterator[None]:
+    """Turn bad input into one line on stderr and an exit code."""
+    try:
+        yield
+    except UserError as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(explain(error, name))
+    except KeyboardInterrupt:
+        fail("interrupted; what was finished is kept", code=130)
 
 
 def fail(message: str, code: int = 2) -> None:
@@ -69,6 +79,8 @@ def explain(error: Exception, name: str) -> str:
     while cause is not None and cause.__cause__ is not None:
         cause = cause.__cause__
         text += "\n" + str(cause)
+    if bare := re.search(r"Error parsing override '(.*?)'\s*missing EQUAL", text):
+        return f"{bare.group(1)!r} has no value; write it as {bare.group(1)}=..."
     if missing := re.search(r"Could not find '(\w[\w/]*)/([^']+)'", text):
         group, choice = missing.groups()
         return f"{group}={choice} does not exist; choose one of: {', '.join(choices(group))}" + (

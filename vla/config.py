@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import FrozenInstanceError, asdict, dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+
+from vla.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,10 @@ def _open(node: type) -> DictConfig:
 def typed(cfg: DictConfig) -> Any:
     """Resolve every interpolation and return the frozen dataclass; a missing value is an OmegaConf error."""
     OmegaConf.resolve(cfg)
-    return OmegaConf.to_object(cfg)
+    try:
+        return OmegaConf.to_object(cfg)
+    except FrozenInstanceError as error:
+        raise UserError(f"{error}: there is no such key; remove it (+key=value adds nothing here)") from error
 
 
 # What may change between two launches of one run without making it another run.

@@ -88,7 +88,7 @@ class VLAModule(L.LightningModule):
     def configure_optimizers(self) -> dict:
         parameters = [p for p in self.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            parameters, lr=self.optim.lr, betas=self.optim.betas, weight_decay=self.optim.weight_decay, fused=True
+            parameters, lr=self.optim.lr, betas=self.optim.betas, weight_decay=self.optim.weight_decay
         )
         if self.optim.schedule not in SCHEDULES:
             raise UserError(f"optim.schedule={self.optim.schedule} is not known; choose one of {', '.join(SCHEDULES)}")

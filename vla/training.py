@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 import subprocess
@@ -86,7 +87,8 @@ def make_trainer(cfg: TrainConfig, run: Path, first_step: int) -> L.Trainer:
 
 def quiet_lightning() -> None:
     """Silence advice that does not apply: our sampler is exact on resume, our loader gathers whole batches."""
-    for message in ("not resumable", "does not have many workers", "num_workers", "exists and is not empty"):
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in ("not resumable", "does not have many workers", "exists and is not empty", "treespec, LeafSpec"):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 

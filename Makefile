@@ -1,0 +1,27 @@
+# make demo   the whole loop on real LIBERO: collect, convert, train two arms, roll out, table
+# make test   the fast tests; make test-slow adds simulators at length, faults and studies
+# Each of them installs what is missing first (make setup).
+PYTHON ?= python3.11
+RUN = .venv/bin/python
+
+.PHONY: setup demo test test-slow lint clean
+
+setup: .venv/.ready
+
+.venv/.ready: requirements.txt scripts/setup.sh
+	@PYTHON=$(PYTHON) bash scripts/setup.sh
+
+demo: setup
+	@$(RUN) scripts/demo.py
+
+test: setup
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: setup
+	$(RUN) -m pytest -m slow --timeout 1800
+
+lint: setup
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
