@@ -82,9 +82,7 @@ def collect(
         UserError: unknown suite, task or camera; a file made otherwise is in the way; the expert fails too often.
     """
     if demos < 1 or workers < 1 or init_pool < 1:
-        raise UserError(
-            f"collection needs demos, workers and init_pool of at least 1, not {demos}, {workers}, {init_pool}"
-        )
+        raise UserError(f"demos={demos}, workers={workers}, init_pool={init_pool}: each must be at least 1")
     names = [name for name, _ in task_list(suite)]
     todo: list[tuple[Settings, Path]] = []
     paths: list[Path] = []
@@ -299,22 +297,6 @@ def _is_complete(path: Path, settings: Settings) -> bool:
 
 
 def _progress(shown: bool):
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import MofNCompleteColumn, Progress, TextColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("demos"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, disable=not shown)
+    return Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TextColumn("demos"), disable=not shown)

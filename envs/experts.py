@@ -89,7 +89,7 @@ def _pick_and_place(env: LiberoEnv, recipe: Recipe) -> Iterator[tuple[np.ndarray
     for _ in range(_ATTEMPTS):
         grasp = env.position(item) + recipe.grasp
         yield from _reach(env, grasp + _HOVER, _OPEN, tolerance=0.03, limit=60)
-        yield from _reach(env, grasp, _OPEN, tolerance=0.012, limit=30)
+        yield from _reach(env, grasp, _OPEN, tolerance=0.008, limit=30)
         yield from _stay(recipe.close_steps, _CLOSED)
         before = env.position(item)[2]
         carry_height = max(grasp[2] + recipe.lift, env.position(target)[2] + recipe.drop + _HOVER[2])

@@ -23,7 +23,7 @@ from envs.collection import Settings, collect
 from envs.libero import LiberoEnv
 from vla.errors import UserError
 
-SETTINGS = Settings("libero_goal", 8, 2, ("static", "wrist"), 64, 0, 30, 0.05, 0.4, 0)
+SETTINGS = Settings("libero_goal", 8, 2, ("wrist",), 64, 0, 30, 0.05, 0.4, 0)
 
 
 def with_threads(monkeypatch, run_attempt):
@@ -78,7 +78,8 @@ def folder(tmp_path_factory):
 
 
 def run(out: Path, workers: int, **changes) -> list[Path]:
-    chosen = {"cameras": SETTINGS.cameras, "resolution": SETTINGS.resolution, "start_displacement": 0.05} | changes
+    chosen = {"cameras": SETTINGS.cameras, "resolution": SETTINGS.resolution}
+    chosen |= {"start_displacement": SETTINGS.start_displacement} | changes
     return collect(SETTINGS.suite, [SETTINGS.task_id], SETTINGS.demos, out, workers=workers, progress=False, **chosen)
 
 
@@ -96,8 +97,8 @@ def test_official_layout(folder):
             steps = demo.attrs["num_samples"]
             shapes = {"actions": 7, "states": 79, "robot_states": 9, "obs/ee_states": 6, "obs/joint_states": 7}
             assert {key: demo[key].shape for key in shapes} == {key: (steps, size) for key, size in shapes.items()}
-            for key in ("agentview_rgb", "eye_in_hand_rgb"):
-                assert (demo[f"obs/{key}"].shape, demo[f"obs/{key}"].dtype) == ((steps, 64, 64, 3), np.uint8)
+            frames = demo["obs/eye_in_hand_rgb"]
+            assert (frames.shape, frames.dtype) == ((steps, 64, 64, 3), np.uint8)
             np.testing.assert_array_equal(demo["dones"][()], np.arange(steps) == steps - 1)
             np.testing.assert_array_equal(demo["states"][0], demo.attrs["init_state"])
             assert set(np.unique(demo["actions"][:, 6])) == {-1.0, 1.0}
@@ -109,23 +110,25 @@ def test_official_layout(folder):
 def test_what_is_read_is_what_an_attempt_in_this_process_gives(folder):
     episodes = list(read_libero(folder, SETTINGS.cameras, image_rotation="upright"))
     assert len(episodes) == 2
-    env = LiberoEnv(SETTINGS.suite, SETTINGS.task_id, SETTINGS.cameras, SETTINGS.resolution, start_displacement=0.05)
-    env.image_rotation = "upright"
-    live = collection.attempt(env, SETTINGS, 1)
-    first = env.reset(1)
+    with h5py.File(next(folder.iterdir()), "r") as file:
+        index = int(file["data/demo_1"].attrs["attempt"])
+    env = LiberoEnv(
+        SETTINGS.suite, SETTINGS.task_id, SETTINGS.cameras, SETTINGS.resolution, "upright", start_displacement=0.05
+    )
+    live = collection.attempt(env, SETTINGS, index)
+    first = env.reset(index)
+    hand_at = [env._control.set_init_state(state)["robot0_eef_pos"] for state in live["states"][:12]]
     env.close()
     episode = episodes[1]
     np.testing.assert_array_equal(episode.actions[:, :6], live["actions"][1:, :6].astype(np.float32))
-    np.testing.assert_array_equal(episode.frames["static"], live["obs/agentview_rgb"][:-1, ::-1])
     np.testing.assert_array_equal(episode.frames["wrist"], live["obs/eye_in_hand_rgb"][:-1, ::-1])
     # The first pair is the start of a rollout, one idle step later, and the expert's first action.
     assert first["instruction"] == episode.instruction
     np.testing.assert_allclose(episode.state[0], first["state"], atol=0.005)
-    assert np.abs(episode.frames["static"][0].astype(int) - first["images"]["static"]).mean() < 2
-    # Observations follow their action: the hand is where the action led, not where it was chosen.
-    reached = live["obs/ee_pos"][1:-1]
-    assert np.abs(live["robot_states"][1:-1, 2:5] - reached).max() == 0
-    assert live["dones"].sum() == 1
+    assert np.abs(episode.frames["wrist"][0].astype(int) - first["images"]["wrist"]).mean() < 2
+    # obs[t] follows actions[t]: it shows the state before actions[t + 1], so "aligned" pairs what the expert saw.
+    assert np.linalg.norm(np.diff(hand_at, axis=0), axis=1).max() > 0.005
+    np.testing.assert_allclose(episode.state[:11, :3], hand_at[1:], atol=0.002)
 
 
 @pytest.mark.sim

@@ -92,10 +92,10 @@ def test_reversal_is_drawn_per_sample_with_the_given_probability():
     drawn = []
     objective.head.register_forward_pre_hook(lambda _, inputs: drawn.append(inputs[0]))
     torch.manual_seed(0)
-    for _ in range(500):
+    for _ in range(250):
         objective(current, future, actions, torch.ones(4, dtype=torch.bool))
     reversed_ = torch.stack([(z == future["cam0"].tap).all((1, 2)) for z in drawn]).float()
-    assert abs(reversed_.mean() - 0.3) < 0.04  # 2000 draws: four standard errors
+    assert abs(reversed_.mean() - 0.3) < 0.06  # 1000 draws: four standard errors
     assert 0 < reversed_.mean(1).var()  # not one draw for the whole batch
 
 

