@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from data.source import open_source, require_source
 from vla.cli import main
 from vla.config import TrainConfig, run_hash
 from vla.errors import UserError
@@ -24,11 +25,11 @@ def train(cfg: TrainConfig) -> Path:
         print(f"already trained: {run / 'policy'} (delete {run} to train it again)")
         return run / "policy"
     checkpoint = newest_checkpoint(cfg, run)
+    require_source(cfg.benchmark, cfg.data)
 
     import torch
 
     from data.sampler import PairDataset, StatelessBatches, training_loader
-    from data.source import open_source
     from vla.build import build_inverse_dynamics, build_policy
     from vla.module import VLAModule
     from vla.training import first_step_of, fit, make_trainer, statistics_of

@@ -11,13 +11,16 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from data.episode import Episode
-from data.frame_store import FrameStore, write_store
 from vla.config import BenchmarkConfig, DataConfig
 from vla.errors import UserError
+
+if TYPE_CHECKING:
+    from data.episode import Episode
+    from data.frame_store import FrameStore
 
 
 def open_source(benchmark: BenchmarkConfig, data: DataConfig, out: Path | None = None, pairing: str = "aligned") -> FrameStore:
@@ -30,17 +33,29 @@ def open_source(benchmark: BenchmarkConfig, data: DataConfig, out: Path | None =
     Raises:
         UserError: nothing at data.path, no episodes in it, or files that cannot be read (each named).
     """
+    from data.frame_store import FrameStore, write_store
+
     path = Path(data.path)
-    if (path / "meta.json").exists():
+    if is_store(path):
         return FrameStore(path)
     files = source_files(benchmark, path)
     options = dict(
         family=benchmark.family, cameras=list(benchmark.cameras), image_rotation=data.image_rotation, pairing=pairing
     )
     out = out or stores_root() / f"{path.resolve().name}-{fingerprint(files, options | {'encoding': data.encoding})}"
-    if not (out / "meta.json").exists():
+    if not is_store(out):
         write_store(with_progress(files, options), out, reader=options, encoding=data.encoding)
     return FrameStore(out)
+
+
+def require_source(benchmark: BenchmarkConfig, data: DataConfig) -> None:
+    """UserError when there is nothing at data.path to open; takes no heavy import, so a run can ask it first."""
+    if not is_store(Path(data.path)):
+        source_files(benchmark, Path(data.path))
+
+
+def is_store(path: Path) -> bool:
+    return (path / "meta.json").exists()
 
 
 def stores_root() -> Path:
