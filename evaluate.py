@@ -74,7 +74,8 @@ def rollout(cfg: EvaluateConfig) -> dict:
     low, high = summary["interval"]
     rate = f"{summary['successes']}/{summary['n']} = {summary['rate']:.2f} [{low:.2f}, {high:.2f}]"
     state = "" if summary["complete"] else f", INCOMPLETE: {summary['missing']} missing"
-    print(f"{about['arm']}: {rate} (95 % Wilson){state}; {result.env_steps / max(result.seconds, 1e-9):.0f} env steps/s; {out}")
+    speed = result.env_steps / max(result.seconds, 1e-9)
+    print(f"{about['arm']}: {rate} (95 % Wilson){state}; {speed:.0f} env steps/s; {out}")
     return summary
 
 
@@ -98,7 +99,8 @@ def probe(cfg: EvaluateConfig) -> dict:
     for name in ("mae_mm", "cosine", "scale"):
         if name in result:
             cell = result[name]
-            print(f"{about['arm']}: {name} {cell['value']:.3f} [{cell['low']:.3f}, {cell['high']:.3f}], n = {cell['n']}; {out}")
+            interval = f"[{cell['low']:.3f}, {cell['high']:.3f}], n = {cell['n']}"
+            print(f"{about['arm']}: {name} {cell['value']:.3f} {interval}; {out}")
     return result
 
 

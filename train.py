@@ -53,7 +53,9 @@ def train(cfg: TrainConfig) -> Path:
     )
     first_step = first_step_of(checkpoint)
     trainer = make_trainer(cfg, run, first_step)
-    batches = StatelessBatches(len(store), cfg.batch_size, cfg.seed, first_step, trainer.global_rank, trainer.world_size)
+    batches = StatelessBatches(
+        len(store), cfg.batch_size, cfg.seed, first_step, trainer.global_rank, trainer.world_size
+    )
     dataset = PairDataset(store, cfg.chunk, cfg.benchmark.cameras, future=inverse_dynamics is not None)
     loader = training_loader(dataset, batches, cfg.trainer.num_workers, pin=cfg.trainer.accelerator == "gpu")
     return fit(cfg, run, trainer, module, loader, checkpoint, arguments, store)
@@ -73,7 +75,9 @@ def newest_checkpoint(cfg: TrainConfig, run: Path) -> Path | None:
     if not found or cfg.resume == "never":
         return None
     if cfg.resume is None:
-        raise UserError(f"{run} holds an unfinished run (at {found[-1].stem}); add resume=auto to go on or resume=never to start over")
+        raise UserError(
+            f"{run} holds an unfinished run (at {found[-1].stem}); add resume=auto to go on, resume=never to start over"
+        )
     return found[-1]
 
 

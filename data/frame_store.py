@@ -90,7 +90,9 @@ def _write(episodes: Iterable[Episode], folder: Path, reader: dict, encoding: st
         if shapes is None:
             shapes, state_dim = found, episode.state.shape[1]
         if found != shapes or episode.state.shape[1] != state_dim:
-            raise UserError(f"{episode.source} has cameras {found}, the episodes before it {shapes}; convert them apart")
+            raise UserError(
+                f"{episode.source} has cameras {found}, the episodes before it {shapes}; convert them apart"
+            )
         table = _episode_table(episode, encoding)
         for array in (episode.actions, episode.state, *episode.frames.values()):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -193,7 +195,9 @@ class FrameStore:
                 self._starts.append(self._starts[-1] + batch.num_rows)
         self.actions, self.states = np.concatenate(actions), np.concatenate(states)
         if len(self.actions) != self.meta.steps:
-            raise UserError(f"{self.path} holds {len(self.actions)} steps, meta.json says {self.meta.steps}; convert again")
+            raise UserError(
+                f"{self.path} holds {len(self.actions)} steps, meta.json says {self.meta.steps}; convert again"
+            )
         self.episodes = pq.read_table(self.path / "episodes.parquet").to_pylist()
         lengths = [episode["length"] for episode in self.episodes]
         self.episode_of = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from data.frame_store import FrameStore
 
 
-def open_source(benchmark: BenchmarkConfig, data: DataConfig, out: Path | None = None, pairing: str = "aligned") -> FrameStore:
+def open_source(
+    benchmark: BenchmarkConfig, data: DataConfig, out: Path | None = None, pairing: str = "aligned"
+) -> FrameStore:
     """The frame store of `data.path`, converted first where it is a folder of a real format.
 
     Args:
@@ -64,7 +66,9 @@ def stores_root() -> Path:
 
 def source_files(benchmark: BenchmarkConfig, path: Path) -> list[Path]:
     """The demonstration files under `path` for the benchmark's tasks, sorted."""
-    hint = f"collect demonstrations with `python scripts/collect.py benchmark={benchmark.name}`, or set data.path=FOLDER"
+    hint = (
+        f"collect demonstrations with `python scripts/collect.py benchmark={benchmark.name}`, or set data.path=FOLDER"
+    )
     if not path.exists():
         raise UserError(f"no data at {path}; {hint}")
     files = [path] if path.is_file() else sorted(path.glob("*.hdf5"))

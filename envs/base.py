@@ -37,4 +37,4 @@ class Environment(Protocol):
     def close(self) -> None: ...
 
     def versions(self) -> dict[str, str]:
-        """Simulator package versions and renderer, recorded with every episode, e.g. {"mujoco": "3.3.2", "renderer": "osmesa"}."""
+        """Package versions and the renderer, recorded with every episode: {"mujoco": "3.3.2", "renderer": "osmesa"}."""

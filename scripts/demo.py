@@ -9,6 +9,7 @@ first, and a control that replays a demonstration blindly (facts demo §6). Fini
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 TASK = "benchmark=libero_goal benchmark.tasks=[8]"
-DISPLACED = "benchmark.start_displacement=0.05 first_seed=30 episodes=20"
+STARTS = "benchmark.start_displacement=0.05"
+EPISODES = f"{STARTS} benchmark.max_steps=220 first_seed=30 episodes=20"
 RUNS, RESULTS, OUT = "runs/demo", "results/demo", "results/demo"
 ARMS = ("vanilla", "ptr")
 DEMOS = 24
@@ -75,7 +77,7 @@ def policy_of(arm: str) -> Path:
 def main() -> None:
     clock = Clock()
     clock.stage("Collect demonstrations with a scripted expert in the real simulator")
-    run(f"scripts/collect.py {TASK} demos={DEMOS}")
+    run(f"scripts/collect.py {TASK} {STARTS} demos={DEMOS}")
 
     clock.stage("Convert them to the frame store that training reads")
     run(f"scripts/convert.py {TASK}")
@@ -86,14 +88,13 @@ def main() -> None:
     clock.stage("Roll both out on the same displaced starts, and the replay control")
     for arm in ARMS:
         film = " evaluation.videos=1" if arm == ARMS[-1] else ""
-        run(f"evaluate.py policy={policy_of(arm)} {TASK} {DISPLACED} results_root={RESULTS}{film}")
-    demonstration = "datasets/libero_goal/put_the_bowl_on_the_plate_demo.hdf5"
-    run(f"evaluate.py policy=replay:{demonstration} {TASK} {DISPLACED} results_root={RESULTS}")
+        run(f"evaluate.py policy={policy_of(arm)} {TASK} {EPISODES} results_root={RESULTS}{film}")
+    demonstration = Path(os.environ.get("VLA_DATA", "datasets")) / "libero_goal/put_the_bowl_on_the_plate_demo.hdf5"
+    run(f"evaluate.py policy=replay:{demonstration} {TASK} {EPISODES} results_root={RESULTS}")
 
     clock.stage("Probe the two vision encoders")
-    for arm in ARMS:
-        for evaluation in ("state_probe", "alignment"):
-            run(f"evaluate.py policy={policy_of(arm)} evaluation={evaluation} {TASK} results_root={RESULTS}")
+    probes = "evaluation=state_probe,alignment threads=1"
+    run(*(f"evaluate.py -m policy={policy_of(arm)} {probes} {TASK} results_root={RESULTS}" for arm in ARMS))
 
     clock.stage("Compare")
     plot = training_curves()

@@ -17,7 +17,9 @@ from vla.config import register, typed
 torch.set_num_threads(2)
 
 
-def make_episodes(count: int = 4, length: int = 24, cameras=("static",), size: int = 32, seed: int = 0) -> list[Episode]:
+def make_episodes(
+    count: int = 4, length: int = 24, cameras=("static",), size: int = 32, seed: int = 0
+) -> list[Episode]:
     """Random episodes whose frames and actions share no structure; good for plumbing, not for learning."""
     rng = np.random.default_rng(seed)
     episodes = []

@@ -29,7 +29,9 @@ def test_every_training_yaml_composes(group, choice):
     assert cfg.chunk >= 1 and cfg.optim.lr > 0
 
 
-@pytest.mark.parametrize("combination", list(itertools.product(choices("baseline"), choices("size"), choices("ablation"))))
+@pytest.mark.parametrize(
+    "combination", list(itertools.product(choices("baseline"), choices("size"), choices("ablation")))
+)
 def test_baseline_by_size_by_ablation(combination):
     baseline, size, ablation = combination
     cfg = compose_config("train", f"baseline={baseline}", f"size={size}", f"ablation={ablation}")
@@ -72,7 +74,9 @@ def test_config_is_frozen_and_hash_is_of_the_config_alone():
     assert run_hash(cfg) != run_hash(compose_config("train", "ablation=ptr"))
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "scripts/collect.py", "scripts/convert.py", "scripts/tables.py"])
+@pytest.mark.parametrize(
+    "script", ["train.py", "evaluate.py", "scripts/collect.py", "scripts/convert.py", "scripts/tables.py"]
+)
 def test_help_teaches_within_five_seconds(script):
     start = time.monotonic()
     done = run(script, "--help")

@@ -110,9 +110,9 @@ def test_taps(baseline, tap, store):
 
 @pytest.mark.parametrize("baseline", BASELINES)
 def test_bad_taps_are_named(baseline, store):
-    with pytest.raises(UserError, match="inverse_dynamics.tap=layer:99"):
+    with pytest.raises(UserError, match=r"inverse_dynamics\.tap=layer:99"):
         build(baseline, "ptr", store, "inverse_dynamics.tap=layer:99")
-    module, cfg = build(baseline, "vanilla", store)
+    module, _cfg = build(baseline, "vanilla", store)
     for vision in module.policy.vision_modules():
         vision.requires_grad_(False)
     enabled = compose_config("train", "ablation=ptr").inverse_dynamics

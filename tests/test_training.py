@@ -69,7 +69,11 @@ def test_export_holds_the_policy_and_its_statistics_and_no_head(store, tmp_path)
     assert statistics["scheme"] == "q99" and statistics["q01"] == store.meta.statistics["q01"]
     loaded, config = load_policy(policy)
     assert config["about"]["arm"] == "ptr" and config["about"]["data_hash"] == store.meta.content_hash
-    observation = {"images": {"static": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)}, "state": None, "instruction": ["open it"]}
+    observation = {
+        "images": {"static": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)},
+        "state": None,
+        "instruction": ["open it"],
+    }
     assert loaded.predict(observation).shape == (1, 8, 7)
 
 
@@ -85,7 +89,9 @@ def test_checkpoint_of_other_data_is_refused(store, tmp_path):
         train(replace(cfg, resume="auto"))
 
 
-@pytest.mark.parametrize("damage", ["no statistics.json", "no config.json", "truncated weights", "wrong shapes", "no tokenizer", "nothing"])
+@pytest.mark.parametrize(
+    "damage", ["no statistics.json", "no config.json", "truncated weights", "wrong shapes", "no tokenizer", "nothing"]
+)
 def test_bad_policy_directories_are_named(damage, store, tmp_path):
     policy = train(train_config(store.path, tmp_path, "max_steps=1"))
     weights = policy / "model.safetensors"
@@ -104,7 +110,10 @@ def test_bad_policy_directories_are_named(damage, store, tmp_path):
         load_policy(policy)
 
 
-@pytest.mark.parametrize(("overrides", "named"), [(["chunk=24"], "chunk=24"), (["batch_size=0"], "batch_size=0"), (["resume=maybe"], "resume=maybe")])
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [(["chunk=24"], "chunk=24"), (["batch_size=0"], "batch_size=0"), (["resume=maybe"], "resume=maybe")],
+)
 def test_bad_numbers_are_named_and_nothing_is_written(overrides, named, store, tmp_path):
     with pytest.raises(UserError, match=named):
         train(train_config(store.path, tmp_path / "runs", *overrides))

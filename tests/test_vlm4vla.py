@@ -19,9 +19,12 @@ from vla.policy import resize
 from vla.tokenizer import byte_tokenizer
 from vla.vision import QwenVision
 
-VISION = dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=24, deepstack_visual_indexes=[0, 1])
+VISION = dict(
+    depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=24, deepstack_visual_indexes=[0, 1]
+)
 TEXT = dict(
-    hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=12,
+    hidden_size=24, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1,
+    head_dim=12,
     rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[2, 2, 2], mrope_interleaved=True),
 )  # fmt: skip
 PROMPT = compose_config("train", "size=full").policy.prompt
@@ -60,7 +63,7 @@ def test_image_path_gives_196_tokens(policy):
 
 
 def test_patches_equal_the_released_processors_layout():
-    """transformers' own processor, told the reference's pixel bounds (§3.2), on a frame that is 448 already and on 224."""
+    """transformers' own processor, told the reference's pixel bounds (§3.2), on a frame of 448 and on one of 224."""
     processor = Qwen2VLImageProcessorPil(
         size={"shortest_edge": 28 * 28 * 256, "longest_edge": 1280 * 28 * 28}, patch_size=16,
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
@@ -160,12 +163,15 @@ def test_head_has_the_references_shape_and_ranges():
     assert widths == [1024, 512, 256, 60]
     assert [m.weight.shape[0] for m in head.gripper if isinstance(m, torch.nn.Linear)] == [1024, 512, 256, 10]
     motion, gripper = head(100 * torch.randn(3, 4096))
-    assert motion.shape == (3, 10, 6) and motion.abs().max() <= 1 and gripper.shape == (3, 10) and gripper.abs().max() > 1
+    assert (
+        motion.shape == (3, 10, 6) and motion.abs().max() <= 1 and gripper.shape == (3, 10) and gripper.abs().max() > 1
+    )
 
 
 def test_loss_is_huber_plus_weighted_bce_over_valid_steps(policy):
     batch = {
-        "actions": torch.rand(2, 4, 7).round(decimals=1), "action_valid": torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]) > 0,
+        "actions": torch.rand(2, 4, 7).round(decimals=1),
+        "action_valid": torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]) > 0,
         "instruction": ["open", "close"],
     }  # fmt: skip
     batch["actions"][..., 6] = batch["actions"][..., 6].round()
@@ -222,7 +228,7 @@ def test_from_pretrained_and_export_round_trip(tmp_path):
 
 
 def test_missing_weights_and_wrong_cameras_are_named(tmp_path):
-    with pytest.raises(UserError, match="policy.pretrained="):
+    with pytest.raises(UserError, match=r"policy\.pretrained="):
         VLM4VLA.build(normalizer(), **arguments(pretrained=str(tmp_path / "nothing")))
     with pytest.raises(UserError, match="static camera only"):
         VLM4VLA.build(normalizer(), **arguments(cameras=["static", "wrist"]))

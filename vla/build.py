@@ -36,9 +36,13 @@ def build_inverse_dynamics(policy: Policy, cfg: InverseDynamicsConfig) -> Invers
     if not cfg.enabled:
         return None
     if cfg.reverse_space not in ("physical", "normalised"):
-        raise UserError(f"inverse_dynamics.reverse_space={cfg.reverse_space} is not known; choose physical or normalised")
+        raise UserError(
+            f"inverse_dynamics.reverse_space={cfg.reverse_space} is not known; choose physical or normalised"
+        )
     if not any(p.requires_grad for module in policy.vision_modules() for p in module.parameters()):
-        raise UserError(f"inverse_dynamics.tap={cfg.tap} has no trainable parameter behind it; train the vision encoder")
+        raise UserError(
+            f"inverse_dynamics.tap={cfg.tap} has no trainable parameter behind it; train the vision encoder"
+        )
     tokens, channels = policy.tap_shape()
     arguments = {k: v for k, v in asdict(cfg).items() if k not in ("enabled", "tap")}
     return InverseDynamics(tokens, channels, policy.chunk, policy.normalizer, **arguments)

@@ -87,7 +87,9 @@ class Throughput(Callback):
         self.wait += now - self.mark
         self.mark = now
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: dict, index: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, out: Any, batch: dict, index: int
+    ) -> None:
         now = time.perf_counter()
         self.busy += now - self.mark
         self.mark = now

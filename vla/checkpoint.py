@@ -1,7 +1,7 @@
 """The exported policy directory: what a policy needs to act, and nothing of how it was trained.
 
     model.safetensors    the policy's weights (averaged ones where the run keeps an average); no inverse dynamics head
-    config.json          baseline, its arguments and dimensions, cameras, image orientation, versions, where it came from
+    config.json          baseline, its arguments and dimensions, cameras, image orientation, versions, origin
     statistics.json      action statistics and the normalisation scheme
     tokenizer/           tokenizer files
 
@@ -64,7 +64,9 @@ def load_policy(path: Path, device: str = "cpu", tap: str | None = None) -> tupl
     config = _read_json(path, "config.json")
     statistics = _read_json(path, "statistics.json")
     if config.get("format") != FORMAT:
-        raise UserError(f"{path}/config.json is of format {config.get('format')}, this code reads {FORMAT}; export again")
+        raise UserError(
+            f"{path}/config.json is of format {config.get('format')}, this code reads {FORMAT}; export again"
+        )
     scheme = statistics.pop("scheme", None)
     arguments = config["arguments"] | ({"tap": tap} if tap else {})
     try:
@@ -99,10 +101,14 @@ def _write_json(path: Path, content: dict) -> None:
 
 def _read_json(folder: Path, name: str) -> dict:
     if not folder.is_dir():
-        raise UserError(f"policy directory {folder} does not exist; train one with train.py (it ends as runs/<run>/policy)")
+        raise UserError(
+            f"policy directory {folder} does not exist; train one with train.py (it ends as runs/<run>/policy)"
+        )
     file = folder / name
     if not file.exists():
-        raise UserError(f"{folder} has no {name}, so it is not an exported policy; train.py writes one at runs/<run>/policy")
+        raise UserError(
+            f"{folder} has no {name}, so it is not an exported policy; train.py writes one at runs/<run>/policy"
+        )
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as error:

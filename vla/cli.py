@@ -86,17 +86,20 @@ def explain(error: Exception, name: str) -> str:
         return f"{group}={choice} does not exist; choose one of: {', '.join(choices(group))}" + (
             f" (did you mean {near}?)" if (near := nearest(choice, choices(group))) else ""
         )
-    if unknown := re.search(r"Could not override '([^']+)'", text):
-        if "is not in struct" in text or "not in" in text:
-            key = unknown.group(1)
-            near = nearest(key, known_keys(name))
-            hint = f"did you mean {near}?" if near else f"`python {name}.py --cfg job` lists the keys"
-            return f"unknown key {key!r} on the command line; {hint}"
+    if unknown := re.search(r"Could not override '([^']+)'.*(?:not in|is not in struct)", text, re.DOTALL):
+        key = unknown.group(1)
+        near = nearest(key, known_keys(name))
+        hint = f"did you mean {near}?" if near else f"`python {name}.py --cfg job` lists the keys"
+        return f"unknown key {key!r} on the command line; {hint}"
     if group := re.search(r"Could not override '([^']+)'\.?\s*No match in the defaults list", text):
         near = nearest(group.group(1), known_keys(name))
         return f"unknown group {group.group(1)!r}" + (f"; did you mean {near}?" if near else "")
-    if key := re.search(r"Missing mandatory value: (\S+)|Structured config of type .* has missing mandatory value: (\S+)", text):
-        return f"{key.group(1) or key.group(2)} needs a value; give {key.group(1) or key.group(2)}=... on the command line"
+    if key := re.search(
+        r"Missing mandatory value: (\S+)|Structured config of type .* has missing mandatory value: (\S+)", text
+    ):
+        return (
+            f"{key.group(1) or key.group(2)} needs a value; give {key.group(1) or key.group(2)}=... on the command line"
+        )
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return "; ".join(dict.fromkeys(lines[:4]))
 

@@ -1,10 +1,10 @@
 """Inverse dynamics on the vision encoder, with pseudo time reversal (IDL §3 and A.1).
 
-From the visual tokens of o_t and o_{t+H} a light head predicts the action chunk between them. Its loss trains the vision
-encoder and the head, nothing else; the head belongs to the training module and never reaches an exported policy.
+From the visual tokens of o_t and o_{t+H} a light head predicts the action chunk between them. Its loss trains the
+vision encoder and the head, nothing else; the head belongs to the training module and never reaches an exported policy.
 
-The paper leaves open, and we choose (fact sheet §1.3): fusion = Linear, GELU, Linear; action MLP = Linear, GELU, Linear;
-one head shared by all cameras; targets normalised as the policy's; motion negated in physical units by default.
+The paper leaves open, and we choose (fact sheet §1.3): both MLPs are Linear, GELU, Linear; one head shared by all
+cameras; targets normalised as the policy's; motion negated in physical units by default.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The LightningModule: L = L_vla + λ_inv · L_inv (IDL §3.3), optimiser, schedule.
 
-Everything random in a step (augmentation, reversal, noise, dropout) is drawn after seeding torch with (seed, step, rank),
-so a step is a function of those three and the weights, and a resumed run repeats an uninterrupted one bit for bit.
+Everything random in a step (augmentation, reversal, noise, dropout) is drawn after seeding torch with (seed, step,
+rank), so a step is a function of those three and the weights, and a resumed run repeats an uninterrupted one exactly.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class VLAModule(L.LightningModule):
                 f"the loss is {losses['total'].item()} at step {self.global_step}; nothing was saved after the last "
                 "checkpoint. Lower optim.lr, or look for bad actions in the data, then resume=auto"
             )
-        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(batch["actions"]))
+        self.log_dict(
+            {f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(batch["actions"])
+        )
         return losses["total"]
 
     def losses(self, batch: dict) -> dict[str, Tensor]:

@@ -21,10 +21,10 @@ class ReplayPolicy:
 
     Args:
         source: "FILE.hdf5" or "FILE.hdf5:demo_7" (default: the first one).
-        chunk: actions per call.
+        chunk: actions per call; long, since a policy that does not look need not be rendered for.
     """
 
-    def __init__(self, source: str, chunk: int = 8):
+    def __init__(self, source: str, chunk: int = 50):
         file, _, demo = source.partition(":")
         episodes = read_libero(Path(file), ("static",), pairing="official")
         found = next((e for e in episodes if not demo or e.source.endswith(f":{demo}")), None)

@@ -121,7 +121,8 @@ def fit(
         versions={name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
     )
     export_policy(module.policy, run / "policy", name=cfg.policy.name, arguments=arguments, about=about)
-    print(f"{cfg.arm} seed {cfg.seed}: {trainer.global_step} steps in {about['seconds']:.0f} s; policy in {run / 'policy'}")
+    took = f"{trainer.global_step} steps in {about['seconds']:.0f} s"
+    print(f"{cfg.arm} seed {cfg.seed}: {took}; policy in {run / 'policy'}")
     return run / "policy"
 
 

@@ -5,6 +5,8 @@ Both take uint8 frames and return VisualTokens, so the policy behind them does n
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +24,8 @@ def parse_tap(tap: str, depth: int) -> int | str:
     kind, _, index = tap.partition(":")
     if kind != "layer" or not index.isdigit() or int(index) >= depth:
         raise UserError(
-            f"inverse_dynamics.tap={tap} is not known; choose pre_projector, post_projector or layer:0 … layer:{depth - 1}"
+            f"inverse_dynamics.tap={tap} is not known; "
+            f"choose pre_projector, post_projector or layer:0 … layer:{depth - 1}"
         )
     return int(index)
 
@@ -35,7 +38,9 @@ class QwenVision(nn.Module):
     (784 tokens, in 2 × 2 blocks, not raster order), post_projector = merged tokens, layer:k = output of block k.
     """
 
-    def __init__(self, config: Qwen3VLVisionConfig, vision_size: int, tap: str, model: Qwen3VLVisionModel | None = None):
+    def __init__(
+        self, config: Qwen3VLVisionConfig, vision_size: int, tap: str, model: Qwen3VLVisionModel | None = None
+    ):
         super().__init__()
         self.model = Qwen3VLVisionModel(config) if model is None else model
         self.patch, self.merge = config.patch_size, config.spatial_merge_size
@@ -80,7 +85,7 @@ class ConvTower(nn.Module):
         super().__init__()
         widths = [3, width, 2 * width, 4 * width, 4 * width]
         stem = []
-        for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+        for narrow, wide in itertools.pairwise(widths):
             stem += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, wide), nn.ReLU()]
         self.stem = nn.Sequential(*stem)
         self.blocks = nn.ModuleList(_Residual(widths[-1]) for _ in range(2))

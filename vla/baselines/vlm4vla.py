@@ -1,13 +1,15 @@
 """VLM4VLA: a pretrained VLM, one learned action query, a fully connected decoder (fact sheet §3; IDL A.3.2, A.5).
 
-Qwen3-VL comes from transformers. Sequence: prompt with the image's tokens in it, right-padded, then the query at the very
-end (after the pads, as in the reference). The head reads the query's last hidden state and predicts H actions at once.
+Qwen3-VL comes from transformers. Sequence: prompt with the image's tokens in it, right-padded, then the query at the
+very end (after the pads, as in the reference). The head reads the query's last hidden state and predicts H actions.
 
 Departures from the public code, each on purpose: DeepStack is on (the public class loses it silently, fact sheet §0a.6;
 `deepstack: false` gives the public behaviour), and o_t and o_{t+H} share one augmentation draw.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,7 @@ class FCDecoder(nn.Module):
 
 def _mlp(widths: list[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+    for narrow, wide in itertools.pairwise(widths):
         layers += [nn.Linear(narrow, wide), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -178,7 +180,9 @@ class VLM4VLA(Policy):
             self.prompt.replace(IMAGE, IMAGE * image_tokens).replace("{instruction}", instruction.strip())
             for instruction in instructions
         ]
-        encoded = self.tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+        encoded = self.tokenizer(
+            texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
+        )
         return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
 
     def loss(self, batch: dict, visual: dict[str, VisualTokens]) -> dict[str, Tensor]:
