@@ -18,7 +18,8 @@ import numpy as np
 from envs.libero import LiberoEnv
 from vla.errors import UserError
 
-_GAIN = 12.0  # action units (0.05 m) per metre of error
+_GAIN = 20.0  # action units (0.05 m) per metre of error
+_SLOWEST = 0.5  # shortest motion while underway: a learner that copies a creeping approach comes to rest in it
 _FAR = 0.04  # metres to the target beyond which noise is harmless; nearer, it breaks grasps (demo §1)
 _HOVER = np.array([0.0, 0.0, 0.08])
 _ATTEMPTS = 3
@@ -111,7 +112,8 @@ def _reach(env: LiberoEnv, target: np.ndarray, gripper: float, tolerance: float,
         distance = float(np.linalg.norm(error))
         if distance < tolerance:
             return
-        yield np.array([*np.clip(_GAIN * error, -1, 1), 0, 0, 0, gripper]), distance
+        speed = max(_GAIN, _SLOWEST / distance)
+        yield np.array([*np.clip(speed * error, -1, 1), 0, 0, 0, gripper]), distance
 
 
 def _stay(steps: int, gripper: float):
