@@ -53,10 +53,11 @@ def train(cfg: TrainConfig) -> Path:
     )
     first_step = first_step_of(checkpoint)
     trainer = make_trainer(cfg, run, first_step)
-    batches = StatelessBatches(
-        len(store), cfg.batch_size, cfg.seed, first_step, trainer.global_rank, trainer.world_size
-    )
-    dataset = PairDataset(store, cfg.chunk, cfg.benchmark.cameras, future=inverse_dynamics is not None)
+    shared = cfg.data.pairs == "shared"
+    size = cfg.batch_size // 2 if shared else cfg.batch_size
+    batches = StatelessBatches(len(store), size, cfg.seed, first_step, trainer.global_rank, trainer.world_size)
+    pairs = cfg.data.pairs if shared or inverse_dynamics is not None else None
+    dataset = PairDataset(store, cfg.chunk, cfg.benchmark.cameras, pairs)
     loader = training_loader(dataset, batches, cfg.trainer.num_workers, pin=cfg.trainer.accelerator == "gpu")
     return fit(cfg, run, trainer, module, loader, checkpoint, arguments, store)
 
@@ -85,6 +86,10 @@ def check(cfg: TrainConfig, store) -> None:
     """What would otherwise fail late or train on nothing."""
     if cfg.max_steps < 1 or cfg.batch_size < 1:
         raise UserError(f"max_steps={cfg.max_steps} and batch_size={cfg.batch_size} must both be at least 1")
+    if cfg.data.pairs not in ("separate", "shared"):
+        raise UserError(f"data.pairs={cfg.data.pairs} is not known; choose separate or shared")
+    if cfg.data.pairs == "shared" and cfg.batch_size % 2:
+        raise UserError(f"batch_size={cfg.batch_size} must be even with data.pairs=shared, where samples come in pairs")
     if missing := set(cfg.benchmark.cameras) - set(store.meta.cameras):
         raise UserError(f"{store.path} has no camera {sorted(missing)}; it has {sorted(store.meta.cameras)}")
     shortest = min(store.episodes, key=lambda episode: episode["length"])

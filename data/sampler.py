@@ -45,40 +45,46 @@ class StatelessBatches(Sampler[np.ndarray]):
 class PairDataset(Dataset):
     """(o_t, o_{t+H}, a_{t:t+H}, instruction) from a frame store, gathered a batch at a time.
 
-    A batch is a dict:
-        images          {camera: uint8 (B, 3, H, W)}
-        future_images   {camera: uint8 (B, 3, H, W)}; absent unless `future`. Where t+H runs past the episode the last
-                        frame stands in and future_valid is False
-        future_valid    bool (B,)
+    A batch of N steps is a dict:
+        images          {camera: uint8 (N, 3, H, W)}, o_t
+        future_images   {camera: uint8 (N, 3, H, W)}, o_{t+H}; absent when `pairs` is None. Where t+H runs past the
+                        episode its last frame stands in and future_valid is False
+        future_valid    bool (N,)
         actions         float32 (B, H, 7) physical units, gripper {0, 1}; past the episode's end the last is repeated
         action_valid    bool (B, H), False past the episode's end
         state           float32 (B, S)
         instruction     list of B str
+
+    With pairs="separate" B = N: the future frame is extra, as in IDL §3.3. With "shared" B = 2N: both frames of a pair
+    are policy samples, o_t's first and then o_{t+H}'s, so that inverse dynamics costs no further encoding.
     """
 
-    def __init__(self, store: FrameStore, chunk: int, cameras: list[str], future: bool):
-        self.store, self.chunk, self.cameras, self.future = store, chunk, cameras, future
+    def __init__(self, store: FrameStore, chunk: int, cameras: list[str], pairs: str | None):
+        self.store, self.chunk, self.cameras, self.pairs = store, chunk, cameras, pairs
 
     def __len__(self) -> int:
         return len(self.store)
 
     def __getitems__(self, steps: np.ndarray) -> dict:
         store, steps = self.store, np.asarray(steps)
+        batch = {"images": {camera: self._images(camera, steps) for camera in self.cameras}}
+        if self.pairs is not None:
+            last = store.last_step[steps]
+            future = np.minimum(steps + self.chunk, last)
+            batch["future_images"] = {camera: self._images(camera, future) for camera in self.cameras}
+            batch["future_valid"] = torch.from_numpy(steps + self.chunk <= last)
+        return batch | self._targets(np.concatenate([steps, future]) if self.pairs == "shared" else steps)
+
+    def _targets(self, steps: np.ndarray) -> dict:
+        store = self.store
         window = steps[:, None] + np.arange(self.chunk)
         last = store.last_step[steps][:, None]
-        batch = {
-            "images": {camera: self._images(camera, steps) for camera in self.cameras},
+        return {
             "actions": torch.from_numpy(store.actions[np.minimum(window, last)]),
             "action_valid": torch.from_numpy(window <= last),
             "state": torch.from_numpy(store.states[steps]),
             "instruction": [store.episodes[e]["instruction"] for e in store.episode_of[steps]],
         }
-        if self.future:
-            future = steps + self.chunk
-            batch["future_valid"] = torch.from_numpy(future <= last[:, 0])
-            future = np.minimum(future, last[:, 0])
-            batch["future_images"] = {camera: self._images(camera, future) for camera in self.cameras}
-        return batch
 
     def _images(self, camera: str, steps: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(self.store.frames(camera, steps)).permute(0, 3, 1, 2)

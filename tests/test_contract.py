@@ -24,8 +24,8 @@ def build(baseline: str, arm: str, store, *overrides: str):
     return VLAModule(policy, inverse, cfg.optim, cfg.augment, max_steps=10, warmup_steps=1, seed=0), cfg
 
 
-def batch_of(store, cfg, size: int = 4):
-    return PairDataset(store, cfg.chunk, cfg.benchmark.cameras, future=True).__getitems__(range(0, 5 * size, 5))
+def batch_of(store, cfg, size: int = 4, pairs: str | None = "separate"):
+    return PairDataset(store, cfg.chunk, cfg.benchmark.cameras, pairs).__getitems__(range(0, 5 * size, 5))
 
 
 def observation_of(batch):

@@ -170,7 +170,7 @@ def test_ranks_share_the_batch_without_overlap():
 
 def test_pairs_against_a_loop_over_episodes(store):
     horizon = 5
-    batch = PairDataset(store, horizon, ["static"], future=True).__getitems__(np.arange(len(store)))
+    batch = PairDataset(store, horizon, ["static"], "separate").__getitems__(np.arange(len(store)))
     step = 0
     for episode in store.episodes:
         first, length = episode["start"], episode["length"]
@@ -187,10 +187,22 @@ def test_pairs_against_a_loop_over_episodes(store):
             step += 1
 
 
+def test_shared_pairs_are_policy_samples_twice(store):
+    steps = np.array([0, 10, int(store.last_step[0]) - 1])
+    shared = PairDataset(store, 4, ["static"], "shared").__getitems__(steps)
+    future = np.minimum(steps + 4, store.last_step[0])
+    expected = PairDataset(store, 4, ["static"], None).__getitems__(np.concatenate([steps, future]))
+    images = torch.cat([shared["images"]["static"], shared["future_images"]["static"]])
+    assert torch.equal(images, expected["images"]["static"])
+    assert shared["future_valid"].tolist() == [True, True, False]
+    for name in ("actions", "action_valid", "state"):
+        assert torch.equal(shared[name], expected[name])
+
+
 def test_worker_count_does_not_change_the_data(store):
     def take(workers: int):
         loader = training_loader(
-            PairDataset(store, 4, ["static"], False), StatelessBatches(len(store), 6, 0), workers, False
+            PairDataset(store, 4, ["static"], None), StatelessBatches(len(store), 6, 0), workers, False
         )
         return [batch["actions"] for batch, _ in zip(loader, range(7), strict=False)]
 

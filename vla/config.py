@@ -75,6 +75,7 @@ class DataConfig:
     path: str = MISSING
     image_rotation: str = "rotate180"
     encoding: str = "raw"
+    pairs: str = "separate"
 
 
 @dataclass(frozen=True)

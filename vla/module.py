@@ -17,7 +17,7 @@ from data.augment import random_brightness, random_shift
 from vla.config import AugmentConfig, OptimConfig
 from vla.errors import UserError
 from vla.inverse_dynamics import InverseDynamics
-from vla.policy import Policy
+from vla.policy import Policy, VisualTokens
 
 SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
@@ -59,18 +59,19 @@ class VLAModule(L.LightningModule):
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """The policy's losses, the auxiliary ones where there are, and their weighted sum under "total"."""
-        size = len(batch["actions"])
-        frames = [self.policy.prepare(batch["images"])]
-        if self.inverse_dynamics is not None:
-            frames.append(self.policy.prepare(batch["future_images"]))
+        frames = [self.policy.prepare(batch[name]) for name in ("images", "future_images") if name in batch]
         frames = self.augmented(frames)
         visual = self.policy.encode_images({camera: torch.cat([f[camera] for f in frames]) for camera in frames[0]})
-        current = {camera: tokens.rows(slice(0, size)) for camera, tokens in visual.items()}
-        losses = self.policy.loss(batch, current)
+
+        def rows(start: int, stop: int | None) -> dict[str, VisualTokens]:
+            return {camera: tokens.rows(slice(start, stop)) for camera, tokens in visual.items()}
+
+        losses = self.policy.loss(batch, rows(0, len(batch["actions"])))
         if self.inverse_dynamics is None:
             return losses | {"total": losses["loss"]}
-        future = {camera: tokens.rows(slice(size, None)) for camera, tokens in visual.items()}
-        inverse = self.inverse_dynamics(current, future, batch["actions"], batch["future_valid"])
+        pairs = len(batch["future_valid"])
+        current, future = rows(0, pairs), rows(pairs, None)
+        inverse = self.inverse_dynamics(current, future, batch["actions"][:pairs], batch["future_valid"])
         total = losses["loss"] + self.inverse_dynamics.weight * inverse["inverse_loss"]
         return losses | inverse | {"total": total}
 

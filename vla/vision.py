@@ -5,8 +5,6 @@ Both take uint8 frames and return VisualTokens, so the policy behind them does n
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,7 +72,7 @@ class QwenVision(nn.Module):
 
 
 class ConvTower(nn.Module):
-    """Four stride-2 convolutions and two residual blocks: a 64 × 64 frame becomes 16 tokens.
+    """A stride-4 and three stride-2 convolutions, two residual blocks: a 128 × 128 frame becomes 16 tokens.
 
     Stands in for the ViT at size `tiny` only: from random weights and within minutes a ViT learns no useful features
     (facts demo §2). Normalisation is per sample, so that a frame's tokens do not depend on its batch.
@@ -83,13 +81,15 @@ class ConvTower(nn.Module):
 
     def __init__(self, width: int, out_hidden_size: int, tap: str):
         super().__init__()
-        widths = [3, width, 2 * width, 4 * width, 4 * width]
-        stem = []
-        for narrow, wide in itertools.pairwise(widths):
-            stem += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, wide), nn.ReLU()]
+        stem: list[nn.Module] = []
+        narrow = 3
+        for wide, kernel, stride in ((width, 8, 4), (2 * width, 3, 2), (4 * width, 3, 2), (4 * width, 3, 2)):
+            padding = (kernel - stride + 1) // 2
+            stem += [nn.Conv2d(narrow, wide, kernel, stride, padding, bias=False), nn.GroupNorm(8, wide), nn.ReLU()]
+            narrow = wide
         self.stem = nn.Sequential(*stem)
-        self.blocks = nn.ModuleList(_Residual(widths[-1]) for _ in range(2))
-        self.projector = nn.Linear(widths[-1], out_hidden_size)
+        self.blocks = nn.ModuleList(_Residual(narrow) for _ in range(2))
+        self.projector = nn.Linear(narrow, out_hidden_size)
         self.position = nn.Parameter(torch.zeros(1, 16, out_hidden_size))
         self.tap = parse_tap(tap, len(self.blocks))
 
