@@ -48,14 +48,14 @@ def train(cfg: TrainConfig) -> Path:
         cfg.optim,
         cfg.augment,
         max_steps=cfg.max_steps,
-        warmup_steps=warmup_steps(cfg, len(store)),
+        warmup_steps=warmup_steps(cfg, len(store.samples)),
         seed=cfg.seed,
     )
     first_step = first_step_of(checkpoint)
     trainer = make_trainer(cfg, run, first_step)
     shared = cfg.data.pairs == "shared"
     size = cfg.batch_size // 2 if shared else cfg.batch_size
-    batches = StatelessBatches(len(store), size, cfg.seed, first_step, trainer.global_rank, trainer.world_size)
+    batches = StatelessBatches(len(store.samples), size, cfg.seed, first_step, trainer.global_rank, trainer.world_size)
     pairs = cfg.data.pairs if shared or inverse_dynamics is not None else None
     dataset = PairDataset(store, cfg.chunk, cfg.benchmark.cameras, pairs)
     loader = training_loader(dataset, batches, cfg.trainer.num_workers, pin=cfg.trainer.accelerator == "gpu")
@@ -92,6 +92,10 @@ def check(cfg: TrainConfig, store) -> None:
         raise UserError(f"batch_size={cfg.batch_size} must be even with data.pairs=shared, where samples come in pairs")
     if missing := set(cfg.benchmark.cameras) - set(store.meta.cameras):
         raise UserError(f"{store.path} has no camera {sorted(missing)}; it has {sorted(store.meta.cameras)}")
+    if cfg.data.pairs == "shared" or cfg.inverse_dynamics.enabled:
+        starts = store.samples[store.samples + cfg.chunk <= store.last_step[store.samples]] + cfg.chunk
+        if not (store.last_frame[starts] == starts).any():
+            raise UserError(f"no frame of {store.path} has another chunk={cfg.chunk} steps later; collect more frames")
     shortest = min(store.episodes, key=lambda episode: episode["length"])
     if cfg.chunk < 1 or cfg.chunk >= shortest["length"]:
         raise UserError(

@@ -24,3 +24,5 @@ class Episode:
     task: str
     source: str
     """Where it came from, e.g. "put_the_bowl_on_the_plate_demo.hdf5:demo_3"."""
+    frame_valid: np.ndarray | None = None
+    """(T,) bool, False where no frame was rendered (its pixels are then zero); None when all were."""

@@ -42,6 +42,7 @@ class StoreMeta:
     version: int
     encoding: str
     cameras: dict[str, list[int]]  # camera -> [H, W, 3]
+    frames: int  # steps that have one
     steps: int
     episodes: int
     state_dim: int
@@ -83,7 +84,7 @@ def _write(episodes: Iterable[Episode], folder: Path, reader: dict, encoding: st
     actions, digest, start = [], hashlib.sha256(), 0
     pending, pending_bytes, shard = [], 0, 0
     shapes: dict[str, list[int]] | None = None
-    state_dim = 0
+    state_dim = frames = 0
 
     for episode in episodes:
         found = {camera: list(frames.shape[1:]) for camera, frames in episode.frames.items()}
@@ -93,11 +94,14 @@ def _write(episodes: Iterable[Episode], folder: Path, reader: dict, encoding: st
             raise UserError(
                 f"{episode.source} has cameras {found}, the episodes before it {shapes}; convert them apart"
             )
+        if episode.frame_valid is not None and not episode.frame_valid[0]:
+            raise UserError(f"{episode.source} has no frame at its first step; collect it again")
         table = _episode_table(episode, encoding)
         for array in (episode.actions, episode.state, *episode.frames.values()):
             digest.update(np.ascontiguousarray(array).tobytes())
         digest.update(episode.instruction.encode())
         length = len(episode.actions)
+        frames += length if episode.frame_valid is None else int(episode.frame_valid.sum())
         rows.append(
             dict(instruction=episode.instruction, task=episode.task, source=episode.source, start=start, length=length)
         )
@@ -118,6 +122,7 @@ def _write(episodes: Iterable[Episode], folder: Path, reader: dict, encoding: st
         version=VERSION,
         encoding=encoding,
         cameras=shapes,
+        frames=frames,
         steps=start,
         episodes=len(rows),
         state_dim=state_dim,
@@ -133,7 +138,8 @@ def _write(episodes: Iterable[Episode], folder: Path, reader: dict, encoding: st
 
 
 def _episode_table(episode: Episode, encoding: str) -> pa.Table:
-    columns = {}
+    valid = np.ones(len(episode.actions), bool) if episode.frame_valid is None else episode.frame_valid
+    columns = {"frame_valid": pa.array(valid)}
     for camera, frames in episode.frames.items():
         if encoding == "raw":
             flat = np.ascontiguousarray(frames).reshape(len(frames), -1)
@@ -167,6 +173,8 @@ class FrameStore:
         actions: float32 (steps, 7), gripper in {0, 1}, 1 = open, everything else in the benchmark's units.
         states: float32 (steps, S) proprioception.
         episodes: list of dict(instruction, task, source, start, length).
+        samples: int64 (n,), the steps that have a frame; all of them unless the data says otherwise.
+        last_frame: int64 (steps,), the latest step with a frame, up to this one and in the same episode.
         episode_of: int32 (steps,), the episode a step belongs to.
         last_step: int64 (steps,), the last step of that episode.
     """
@@ -176,7 +184,7 @@ class FrameStore:
         self.path = Path(path)
         self.meta = read_meta(self.path)
         self._chunks: dict[str, list] = {camera: [] for camera in self.meta.cameras}
-        actions, states, self._starts = [], [], [0]
+        actions, states, valid, self._starts = [], [], [], [0]
         self._maps = []  # keeps the memory maps alive as long as the views into them
         for shard in sorted(self.path.glob("shard-*.arrow")):
             source = pa.memory_map(str(shard))
@@ -189,6 +197,7 @@ class FrameStore:
             for batch in batches:
                 actions.append(_list_column(batch.column("action")))
                 states.append(_list_column(batch.column("state")))
+                valid.append(batch.column("frame_valid").to_numpy(zero_copy_only=False))
                 for camera, shape in self.meta.cameras.items():
                     column = batch.column(f"frame_{camera}")
                     self._chunks[camera].append(_raw_view(column, shape) if self.meta.encoding == "raw" else column)
@@ -203,6 +212,9 @@ class FrameStore:
         self.episode_of = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         self.last_step = np.repeat(np.cumsum(lengths) - 1, lengths)
         self._starts = np.asarray(self._starts)
+        self.samples = np.flatnonzero(np.concatenate(valid))
+        # An episode's first step has a frame, so the latest one is never in the episode before.
+        self.last_frame = self.samples[np.searchsorted(self.samples, np.arange(len(self)), side="right") - 1]
 
     def __len__(self) -> int:
         return self.meta.steps

@@ -64,7 +64,8 @@ def read_libero(
             observation; "official" pairs obs[t] with actions[t], as most published training code does.
 
     Yields:
-        Episodes whose state is 8 numbers: end-effector position (m), axis-angle (rad), two finger positions (m).
+        Episodes whose state is 8 numbers: end-effector position (m), axis-angle (rad), two finger positions (m). A
+        file of the collector's may hold a frame for every k-th step only, and then says so in `obs/frame_valid`.
 
     Raises:
         UserError: nothing there, an unreadable or truncated file, a missing key, lengths that differ, non-finite
@@ -101,11 +102,14 @@ def _read_file(file: Path, cameras: tuple[str, ...], image_rotation: str, pairin
         source = f"{file.name}:{name}"
         with _reading(f"{file}:{name}"), h5py.File(file, "r") as opened:
             actions, state, frames = _read_demo(opened["data"][name], cameras, f"{file}:{name}")
+            valid = opened["data"][name].get("obs/frame_valid")
+            valid = None if valid is None else valid[()].astype(bool)
         if pairing == "aligned":
             actions, state = actions[1:], state[:-1]
             frames = {camera: frame[:-1] for camera, frame in frames.items()}
+            valid = None if valid is None else valid[:-1]
         frames = {camera: orient(frame, image_rotation) for camera, frame in frames.items()}
-        yield Episode(instruction, frames, state, actions, task, source)
+        yield Episode(instruction, frames, state, actions, task, source, valid)
 
 
 def _read_demo(demo, cameras: tuple[str, ...], where: str) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:

@@ -28,7 +28,7 @@ def sample_at(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
 
 
 class StatelessBatches(Sampler[np.ndarray]):
-    """Endless batches of steps for one rank, from optimiser step `first_step` on."""
+    """Endless batches of sample indices for one rank, from optimiser step `first_step` on."""
 
     def __init__(self, length: int, batch_size: int, seed: int, first_step: int = 0, rank: int = 0, world: int = 1):
         self.length, self.batch_size, self.seed = length, batch_size, seed
@@ -48,7 +48,7 @@ class PairDataset(Dataset):
     A batch of N steps is a dict:
         images          {camera: uint8 (N, 3, H, W)}, o_t
         future_images   {camera: uint8 (N, 3, H, W)}, o_{t+H}; absent when `pairs` is None. Where t+H runs past the
-                        episode its last frame stands in and future_valid is False
+                        episode or has no frame, the latest frame stands in and future_valid is False
         future_valid    bool (N,)
         actions         float32 (B, H, 7) physical units, gripper {0, 1}; past the episode's end the last is repeated
         action_valid    bool (B, H), False past the episode's end
@@ -63,16 +63,17 @@ class PairDataset(Dataset):
         self.store, self.chunk, self.cameras, self.pairs = store, chunk, cameras, pairs
 
     def __len__(self) -> int:
-        return len(self.store)
+        return len(self.store.samples)
 
-    def __getitems__(self, steps: np.ndarray) -> dict:
-        store, steps = self.store, np.asarray(steps)
+    def __getitems__(self, indices: np.ndarray) -> dict:
+        store = self.store
+        steps = store.samples[np.asarray(indices)]
         batch = {"images": {camera: self._images(camera, steps) for camera in self.cameras}}
         if self.pairs is not None:
-            last = store.last_step[steps]
-            future = np.minimum(steps + self.chunk, last)
+            wanted = steps + self.chunk
+            future = store.last_frame[np.minimum(wanted, store.last_step[steps])]
             batch["future_images"] = {camera: self._images(camera, future) for camera in self.cameras}
-            batch["future_valid"] = torch.from_numpy(steps + self.chunk <= last)
+            batch["future_valid"] = torch.from_numpy(future == wanted)
         return batch | self._targets(np.concatenate([steps, future]) if self.pairs == "shared" else steps)
 
     def _targets(self, steps: np.ndarray) -> dict:

@@ -45,6 +45,7 @@ class Settings:
     start_displacement: float
     noise: float
     seed: int
+    frame_every: int = 1
 
 
 def collect(
@@ -59,6 +60,7 @@ def collect(
     start_displacement: float = 0.0,
     noise: float = 0.4,
     seed: int = 0,
+    frame_every: int = 1,
     workers: int = 2,
     progress: bool = True,
     overwrite: bool = False,
@@ -71,6 +73,9 @@ def collect(
         seeds_from: first initial state used.
         init_pool: number of initial states the attempts cycle through; keep it clear of the evaluation's.
         start_displacement: metres, as in `LiberoEnv`.
+        frame_every: render every k-th step only. Neighbouring frames are nearly the same and rendering is most of the
+            cost, so the same minutes give k times as many demonstrations. Actions and states are kept for every step;
+            the other frames are zero and marked in the extra dataset `obs/frame_valid`, which `data.libero` heeds.
         noise: standard deviation of the executed motion's noise, action units (`envs.experts.expert`).
         workers: processes; one simulator each, about 2 GB.
         overwrite: replace files made with other parameters.
@@ -81,15 +86,26 @@ def collect(
     Raises:
         UserError: unknown suite, task or camera; a file made otherwise is in the way; the expert fails too often.
     """
-    if demos < 1 or workers < 1 or init_pool < 1:
-        raise UserError(f"demos={demos}, workers={workers}, init_pool={init_pool}: each must be at least 1")
+    counts = {"demos": demos, "workers": workers, "init_pool": init_pool, "frame_every": frame_every}
+    if low := [f"{name}={count}" for name, count in counts.items() if count < 1]:
+        raise UserError(f"{', '.join(low)}: must be at least 1")
     names = [name for name, _ in task_list(suite)]
     todo: list[tuple[Settings, Path]] = []
     paths: list[Path] = []
     for task_id in task_ids:
         recipe_for(suite, task_id)
         settings = Settings(
-            suite, task_id, demos, tuple(cameras), resolution, seeds_from, init_pool, start_displacement, noise, seed
+            suite,
+            task_id,
+            demos,
+            tuple(cameras),
+            resolution,
+            seeds_from,
+            init_pool,
+            start_displacement,
+            noise,
+            seed,
+            frame_every,
         )
         paths.append(Path(out) / f"{names[task_id]}{FILE_SUFFIX}")
         if overwrite or not _is_complete(paths[-1], settings):
@@ -121,13 +137,16 @@ def attempt(env: LiberoEnv, settings: Settings, index: int) -> dict[str, np.ndar
     steps = []
     for clean, executed in _hold_then(expert(env, settings.noise, rng)):
         before = env.sim_state()
-        env.step(executed)
-        steps.append(_record(env, clean, before))
+        render = len(steps) % settings.frame_every == 0
+        env.step(executed, render)
+        steps.append(_record(env, clean, before, render))
         if env.success or len(steps) == env.max_steps:
             break
     if not env.success:
         return None
     demo = {key: np.stack([step[key] for step in steps]) for key in steps[0]}
+    if settings.frame_every > 1:
+        demo["obs/frame_valid"] = (np.arange(len(steps)) % settings.frame_every == 0).astype(np.uint8)
     ending = np.zeros(len(steps), np.uint8)
     ending[-1] = 1
     return demo | {"rewards": ending, "dones": ending}
@@ -138,7 +157,7 @@ def _hold_then(actions: Iterator[tuple[np.ndarray, np.ndarray]]) -> Iterator[tup
     yield from actions
 
 
-def _record(env: LiberoEnv, clean: np.ndarray, before: np.ndarray) -> dict[str, np.ndarray]:
+def _record(env: LiberoEnv, clean: np.ndarray, before: np.ndarray, rendered: bool) -> dict[str, np.ndarray]:
     from robosuite.utils.transform_utils import quat2axisangle
 
     obs = env.raw_obs
@@ -153,7 +172,10 @@ def _record(env: LiberoEnv, clean: np.ndarray, before: np.ndarray) -> dict[str, 
         "obs/joint_states": obs["robot0_joint_pos"],
         "obs/gripper_states": obs["robot0_gripper_qpos"],
     }
-    return record | {f"obs/{CAMERA_KEYS[camera]}": env.raw_frame(camera) for camera in env.cameras}
+    for camera in env.cameras:
+        blank = np.zeros((env.resolution, env.resolution, 3), np.uint8)
+        record[f"obs/{CAMERA_KEYS[camera]}"] = env.raw_frame(camera) if rendered else blank
+    return record
 
 
 def _collect_task(settings: Settings, path: Path, workers: int, bar) -> None:

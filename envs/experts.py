@@ -21,6 +21,7 @@ from vla.errors import UserError
 _GAIN = 20.0  # action units (0.05 m) per metre of error
 _SLOWEST = 0.5  # shortest motion while underway: a learner that copies a creeping approach comes to rest in it
 _FAR = 0.04  # metres to the target beyond which noise is harmless; nearer, it breaks grasps (demo §1)
+_HELD = 4  # control steps a push of the noise lasts: drawn anew every step, it averages out before it leads anywhere
 _HOVER = np.array([0.0, 0.0, 0.08])
 _ATTEMPTS = 3
 _OPEN, _CLOSED = 1.0, 0.0
@@ -78,10 +79,12 @@ def expert(
         UserError: the expert does not know the task.
     """
     recipe = recipe_for(env.suite, env.task_id)
-    for clean, distance in _pick_and_place(env, recipe):
+    for step, (clean, distance) in enumerate(_pick_and_place(env, recipe)):
         executed = clean.copy()
+        if noise > 0 and step % _HELD == 0:
+            push = rng.normal(0, noise, 3)
         if noise > 0 and distance > _FAR:
-            executed[:3] = np.clip(executed[:3] + rng.normal(0, noise, 3), -1, 1)
+            executed[:3] = np.clip(executed[:3] + push, -1, 1)
         yield clean, executed
 
 

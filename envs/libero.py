@@ -127,7 +127,7 @@ class LiberoEnv:
         self.suite, self.task_id, self.cameras = suite, task_id, tuple(cameras)
         self.task_name, self.instruction = tasks[task_id].name, tasks[task_id].language
         self.max_steps = MAX_STEPS[suite] if max_steps is None else max_steps
-        self.image_rotation = image_rotation
+        self.image_rotation, self.resolution = image_rotation, resolution
         self.fixture_seed, self.settle_steps, self.start_displacement = fixture_seed, settle_steps, start_displacement
         self.success = False
         self.raw_obs: dict[str, np.ndarray] = {}

@@ -34,6 +34,7 @@ def run(cfg: CollectConfig) -> None:
         start_displacement=benchmark.start_displacement,
         noise=cfg.noise,
         seed=cfg.seed,
+        frame_every=cfg.frame_every,
         workers=cfg.workers,
     )
     for file in files:

@@ -23,7 +23,8 @@ def run(cfg: ConvertConfig) -> None:
     store = open_source(cfg.benchmark, cfg.data, Path(cfg.out) if cfg.out else None, cfg.pairing)
     meta = store.meta
     instructions = sorted({episode["instruction"] for episode in store.episodes})
-    print(f"{store.path}: {meta.episodes} episodes, {meta.steps} steps, cameras {meta.cameras}, {meta.encoding}")
+    counts = f"{meta.episodes} episodes, {meta.steps} steps, {meta.frames} of them with frames"
+    print(f"{store.path}: {counts}, cameras {meta.cameras}, {meta.encoding}")
     for instruction in instructions:
         print(f"  {sum(e['instruction'] == instruction for e in store.episodes):5d} × {instruction}")
     print("  actions q01", [round(x, 3) for x in meta.statistics["q01"]])

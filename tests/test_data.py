@@ -95,6 +95,28 @@ def test_store_returns_what_was_written(tmp_path, monkeypatch):
         assert (store.last_step[steps] == steps[-1]).all()
 
 
+def test_steps_without_a_frame_are_never_sampled(tmp_path):
+    """Every second frame rendered: samples are the even steps, their pairs even steps of the same episode."""
+    episodes = make_episodes(3, length=15)
+    valid = [np.arange(len(e.actions)) % 2 == 0 for e in episodes]
+    write_store((replace(e, frame_valid=v) for e, v in zip(episodes, valid, strict=True)), tmp_path / "s", reader={})
+    store = FrameStore(tmp_path / "s")
+    assert store.meta.frames == len(store.samples) == sum(v.sum() for v in valid)
+    local = np.concatenate([np.arange(len(v)) for v in valid])
+    assert (local[store.samples] % 2 == 0).all()
+    dataset = PairDataset(store, 4, ["static"], "shared")
+    batch = dataset.__getitems__(np.arange(len(dataset)))
+    frames = np.concatenate([e.frames["static"] for e in episodes])
+    for row, step in enumerate(store.samples):
+        future = step + 4
+        inside = future <= store.last_step[step]
+        assert batch["future_valid"][row] == inside
+        expected = future if inside else store.last_step[step] - local[store.last_step[step]] % 2
+        np.testing.assert_array_equal(batch["future_images"]["static"][row].permute(1, 2, 0).numpy(), frames[expected])
+    odd = PairDataset(store, 3, ["static"], "separate").__getitems__(np.arange(len(dataset)))
+    assert not odd["future_valid"].any()
+
+
 def test_jpeg_store_is_smaller_and_close(tmp_path):
     ramp = np.linspace(0, 255, 128, dtype=np.uint8)
     smooth = np.broadcast_to(ramp[None, :, None], (24, 128, 128, 3)).copy()

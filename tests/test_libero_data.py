@@ -68,6 +68,16 @@ def test_official_pairing(tmp_path):
                 np.testing.assert_array_equal(episode.frames[camera], np.rot90(demo[f"obs/{key}"], 2, axes=(1, 2)))
 
 
+def test_frames_that_were_not_rendered_are_marked(tmp_path):
+    path = write_demos(tmp_path / "push_demo.hdf5", lengths=(6,))
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/obs/frame_valid"] = np.array([1, 0, 1, 0, 1, 0], np.uint8)
+    for pairing, expected in (("official", [1, 0, 1, 0, 1, 0]), ("aligned", [1, 0, 1, 0, 1])):
+        (episode,) = read_libero(path, ("static",), pairing=pairing)
+        assert episode.frame_valid.tolist() == [bool(v) for v in expected]
+    assert next(read_libero(write_demos(tmp_path / "all_demo.hdf5"), ("static",))).frame_valid is None
+
+
 def test_aligned_pairing_shifts_actions_by_one(tmp_path):
     path = write_demos(tmp_path / "push_demo.hdf5")
     for official, aligned in zip(

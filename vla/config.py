@@ -169,6 +169,7 @@ class CollectConfig:
     demos: int = 20
     init_pool: int = 30
     noise: float = 0.4
+    frame_every: int = 1
     seed: int = 0
     workers: int = 2
 

