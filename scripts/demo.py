@@ -27,7 +27,7 @@ STARTS = "benchmark.start_displacement=0.05"
 EPISODES = f"{STARTS} benchmark.max_steps=220 first_seed=30 episodes=20"
 RUNS, RESULTS, OUT = "runs/demo", "results/demo", "results/demo"
 ARMS = ("vanilla", "ptr")
-DEMOS = 24
+DEMOS = "demos=40 frame_every=2"  # rendering is the cost: half the frames of twice the demonstrations teach more
 console = Console()
 
 
@@ -77,7 +77,7 @@ def policy_of(arm: str) -> Path:
 def main() -> None:
     clock = Clock()
     clock.stage("Collect demonstrations with a scripted expert in the real simulator")
-    run(f"scripts/collect.py {TASK} {STARTS} demos={DEMOS}")
+    run(f"scripts/collect.py {TASK} {STARTS} {DEMOS}")
 
     clock.stage("Convert them to the frame store that training reads")
     run(f"scripts/convert.py {TASK}")

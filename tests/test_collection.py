@@ -9,6 +9,7 @@ import json
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -116,6 +117,13 @@ def test_what_is_read_is_what_an_attempt_in_this_process_gives(folder):
         SETTINGS.suite, SETTINGS.task_id, SETTINGS.cameras, SETTINGS.resolution, "upright", start_displacement=0.05
     )
     live = collection.attempt(env, SETTINGS, index)
+    sparse = collection.attempt(env, replace(SETTINGS, frame_every=2), index)
+    for key in live.keys() - {"obs/eye_in_hand_rgb"}:
+        np.testing.assert_array_equal(sparse[key], live[key])
+    seen = sparse["obs/frame_valid"].astype(bool)
+    assert seen.tolist() == [t % 2 == 0 for t in range(len(seen))]
+    np.testing.assert_array_equal(sparse["obs/eye_in_hand_rgb"][seen], live["obs/eye_in_hand_rgb"][seen])
+    assert not sparse["obs/eye_in_hand_rgb"][~seen].any()
     first = env.reset(index)
     hand_at = [env._control.set_init_state(state)["robot0_eef_pos"] for state in live["states"][:12]]
     env.close()
