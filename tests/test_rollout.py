@@ -113,11 +113,13 @@ def test_records_equal_a_plain_loop(tmp_path):
     frame = load_records(tmp_path / "out")
     assert list(frame.columns) == list(COLUMNS)
     assert set(frame.renderer) == {"none"} and frame.versions[0] == {"fake": "1.0"} and set(frame.attempts) == {1}
-    built = [e for e in read(tmp_path / "out.journal") if e["event"] == "built"]
-    assert sorted(e["task"] for e in built) == [0, 1], "a worker keeps its environment while the task stays"
+    built = [e["task"] for e in read(tmp_path / "out.journal") if e["event"] == "built"]
+    assert set(built) == {0, 1} and len(built) <= 3  # whoever is done first may take over the rest of the other's task
 
     roll(tmp_path, specs, out="alone", workers=1)
     assert outcome(tmp_path / "alone") == expected
+    built = [e["task"] for e in read(tmp_path / "alone.journal") if e["event"] == "built"]
+    assert sorted(built) == [0, 1], "a worker keeps its environment while the task stays"
 
 
 @pytest.mark.parametrize("k", [1, 3, 4])
