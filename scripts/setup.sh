@@ -47,5 +47,5 @@ fi
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 echo "installing the packages of requirements.txt into .venv (about 4 GB, some minutes)"
 # --no-compile: bytecode is made on first import, of the fraction that is ever imported.
-.venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --no-warn-script-location -r requirements.txt
+.venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check --no-warn-script-location -r requirements.txt
 touch .venv/.ready
