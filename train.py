@@ -9,6 +9,7 @@ evaluate.py reads. A run that was stopped goes on with resume=auto; a finished o
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
@@ -73,7 +74,10 @@ def newest_checkpoint(cfg: TrainConfig, run: Path) -> Path | None:
     if cfg.resume not in (None, "auto", "never"):
         raise UserError(f"resume={cfg.resume} is not known; choose auto (go on) or never (start over)")
     found = sorted((run / "checkpoints").glob("step=*.ckpt"), key=lambda p: int(p.stem.removeprefix("step=")))
-    if not found or cfg.resume == "never":
+    if cfg.resume == "never":
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)  # or a later resume=auto would take up the old run
+        return None
+    if not found:
         return None
     if cfg.resume is None:
         raise UserError(

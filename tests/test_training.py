@@ -53,6 +53,15 @@ def test_resume_is_bit_equal_to_an_uninterrupted_run(workers, store, tmp_path):
     assert [int(row["step"]) for row in metrics(run)] == list(range(6))
 
 
+def test_starting_over_forgets_the_old_checkpoints(store, tmp_path):
+    cfg = train_config(store.path, tmp_path, "trainer.checkpoint_every=2", "max_steps=3")
+    shutil.rmtree(train(cfg))
+    old = run_dir(cfg) / "checkpoints" / "step=2.ckpt"
+    old.rename(old.with_name("step=99.ckpt"))
+    train(replace(cfg, resume="never"))
+    assert [path.name for path in old.parent.iterdir()] == ["step=2.ckpt"]
+
+
 def test_a_finished_run_is_not_run_again(store, tmp_path, capsys):
     cfg = train_config(store.path, tmp_path, "max_steps=1")
     policy = train(cfg)
