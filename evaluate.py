@@ -49,12 +49,14 @@ def rollout(cfg: EvaluateConfig) -> dict:
         raise UserError(f"benchmark.tasks={unknown} is not in {cfg.benchmark.suite}; choose from 0 … {len(names) - 1}")
     policy, about, checkpoint = load(cfg)
     ensure_gl()  # once here, not in every worker
-    steps = cfg.evaluation.execute_steps or policy.chunk
-    env_kwargs = environment(cfg, about)
+    ensemble, steps = execution(cfg, policy)
+    env_kwargs = environment(cfg, about) | {"cameras": list(getattr(policy, "cameras", ["static"]))}
     seeds = range(cfg.first_seed, cfg.first_seed + cfg.episodes)
     episodes = [EpisodeSpec(cfg.benchmark.name, names[t], seed, {"task_id": t}) for t in tasks for seed in seeds]
     header = identity(cfg, about, checkpoint) | {"evaluation": "rollout"}
-    out = folder(cfg, header | env_kwargs | {"execute_steps": steps, "exact": cfg.evaluation.exact})
+    out = folder(
+        cfg, header | env_kwargs | {"execute_steps": steps, "exact": cfg.evaluation.exact, "ensemble": ensemble}
+    )
     result = run_rollouts(
         policy,
         episodes,
@@ -68,6 +70,7 @@ def rollout(cfg: EvaluateConfig) -> dict:
         retries=cfg.evaluation.retries,
         max_batch=cfg.evaluation.max_batch,
         exact=cfg.evaluation.exact,
+        ensemble=ensemble,
         videos=cfg.evaluation.videos,
     )
     summary = result.summary
@@ -85,11 +88,10 @@ def probe(cfg: EvaluateConfig) -> dict:
     from vla.analysis.encoder import alignment_of, state_probe_of
 
     policy, about, checkpoint = load(cfg, tap=cfg.evaluation.tap)
-    store = open_source(
-        replace(cfg.benchmark, cameras=policy.cameras), replace(cfg.data, image_rotation=about["image_rotation"])
-    )
+    data = replace(cfg.data, image_rotation=about["image_rotation"])
+    store = open_source(cfg.benchmark, data, cameras=policy.cameras)
     measure = {"alignment": alignment_of, "state_probe": state_probe_of}[cfg.evaluation.name]
-    header = identity(cfg, about, checkpoint) | {"tap": cfg.evaluation.tap, "data_hash": store.meta.content_hash}
+    header = identity(cfg, about, checkpoint) | {"tap": policy.tap, "data_hash": store.meta.content_hash}
     result = header | {"evaluation": cfg.evaluation.name} | measure(policy, store, cfg.device)
     out = folder(cfg, header)
     out.mkdir(parents=True, exist_ok=True)
@@ -119,6 +121,21 @@ def load(cfg: EvaluateConfig, tap: str | None = None):
 
     policy, config = load_policy(Path(cfg.policy), cfg.device, tap)
     return policy, config["about"], checkpoint_hash(Path(cfg.policy))
+
+
+def execution(cfg: EvaluateConfig, policy) -> tuple[float | None, int]:
+    """(temperature of temporal ensembling or None, actions executed per query), the policy's own by default."""
+    ensemble = cfg.evaluation.ensemble
+    if ensemble == "policy":
+        ensemble = getattr(policy, "ensemble", None)
+    if ensemble is not None and not isinstance(ensemble, (int, float)):
+        raise UserError(f"evaluation.ensemble={ensemble} is not known; give policy, null (off) or a temperature")
+    steps = cfg.evaluation.execute_steps or (policy.chunk if ensemble is None else 1)
+    if ensemble is not None and steps != 1:
+        raise UserError(
+            f"evaluation.execute_steps={steps} and temporal ensembling exclude each other; set evaluation.ensemble=null"
+        )
+    return ensemble, steps
 
 
 def environment(cfg: EvaluateConfig, about: dict) -> dict:

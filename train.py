@@ -31,17 +31,17 @@ def train(cfg: TrainConfig) -> Path:
     import torch
 
     from data.sampler import PairDataset, StatelessBatches, training_loader
-    from vla.build import build_inverse_dynamics, build_policy
+    from vla.build import build_inverse_dynamics
     from vla.module import VLAModule
-    from vla.training import first_step_of, fit, make_trainer, statistics_of
+    from vla.training import first_step_of, fit, initial, make_trainer
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
     torch.manual_seed(cfg.seed)
-    store = open_source(cfg.benchmark, cfg.data)
+    store = open_source(cfg.benchmark, cfg.data, cameras=cfg.cameras)
     check(cfg, store)
     arguments = policy_arguments(cfg)
-    policy = build_policy(cfg.policy.name, statistics_of(store), cfg.normalization, arguments)
+    policy = initial(cfg, store, arguments)
     inverse_dynamics = build_inverse_dynamics(policy, cfg.inverse_dynamics)
     module = VLAModule(
         policy,
@@ -58,7 +58,7 @@ def train(cfg: TrainConfig) -> Path:
     size = cfg.batch_size // 2 if shared else cfg.batch_size
     batches = StatelessBatches(len(store.samples), size, cfg.seed, first_step, trainer.global_rank, trainer.world_size)
     pairs = cfg.data.pairs if shared or inverse_dynamics is not None else None
-    dataset = PairDataset(store, cfg.chunk, cfg.benchmark.cameras, pairs)
+    dataset = PairDataset(store, cfg.chunk, cfg.cameras, pairs)
     loader = training_loader(dataset, batches, cfg.trainer.num_workers, pin=cfg.trainer.accelerator == "gpu")
     return fit(cfg, run, trainer, module, loader, checkpoint, arguments, store)
 
@@ -94,8 +94,9 @@ def check(cfg: TrainConfig, store) -> None:
         raise UserError(f"data.pairs={cfg.data.pairs} is not known; choose separate or shared")
     if cfg.data.pairs == "shared" and cfg.batch_size % 2:
         raise UserError(f"batch_size={cfg.batch_size} must be even with data.pairs=shared, where samples come in pairs")
-    if missing := set(cfg.benchmark.cameras) - set(store.meta.cameras):
-        raise UserError(f"{store.path} has no camera {sorted(missing)}; it has {sorted(store.meta.cameras)}")
+    if missing := set(cfg.cameras) - set(store.meta.cameras):
+        known = ",".join(sorted(store.meta.cameras))
+        raise UserError(f"{store.path} has no camera {sorted(missing)}; collect it, or train with cameras=[{known}]")
     if cfg.data.pairs == "shared" or cfg.inverse_dynamics.enabled:
         starts = store.samples[store.samples + cfg.chunk <= store.last_step[store.samples]] + cfg.chunk
         if not (store.last_frame[starts] == starts).any():
@@ -110,12 +111,14 @@ def check(cfg: TrainConfig, store) -> None:
 
 def policy_arguments(cfg: TrainConfig) -> dict:
     arguments = {key: value for key, value in asdict(cfg.policy).items() if key != "name"}
-    return arguments | dict(chunk=cfg.chunk, cameras=list(cfg.benchmark.cameras), tap=cfg.inverse_dynamics.tap)
+    return arguments | dict(chunk=cfg.chunk, cameras=list(cfg.cameras), tap=cfg.inverse_dynamics.tap)
 
 
 def warmup_steps(cfg: TrainConfig, samples: int) -> int:
     if cfg.optim.warmup_steps is not None:
         return cfg.optim.warmup_steps
+    if cfg.optim.warmup_ratio:
+        return round(cfg.optim.warmup_ratio * cfg.max_steps)
     return round(cfg.optim.warmup_epochs * samples / cfg.batch_size)
 
 

@@ -33,7 +33,7 @@ from data.episode import Episode
 from data.normalization import ActionStatistics
 from vla.errors import UserError
 
-VERSION = 1
+VERSION = 2
 SHARD_BYTES = 256 * 2**20
 
 
@@ -81,7 +81,7 @@ def write_store(episodes: Iterable[Episode], out: Path, reader: dict, encoding: 
 
 def _write(episodes: Iterable[Episode], folder: Path, reader: dict, encoding: str) -> StoreMeta:
     rows: list[dict] = []
-    actions, digest, start = [], hashlib.sha256(), 0
+    actions, states, digest, start = [], [], hashlib.sha256(), 0
     pending, pending_bytes, shard = [], 0, 0
     shapes: dict[str, list[int]] | None = None
     state_dim = frames = 0
@@ -107,6 +107,7 @@ def _write(episodes: Iterable[Episode], folder: Path, reader: dict, encoding: st
         )
         start += length
         actions.append(episode.actions)
+        states.append(episode.state)
         pending.append(table)
         pending_bytes += table.nbytes
         if pending_bytes >= SHARD_BYTES:
@@ -126,7 +127,7 @@ def _write(episodes: Iterable[Episode], folder: Path, reader: dict, encoding: st
         steps=start,
         episodes=len(rows),
         state_dim=state_dim,
-        statistics=ActionStatistics.of(np.concatenate(actions)).to_dict(),
+        statistics=ActionStatistics.of(np.concatenate(actions), np.concatenate(states)).to_dict(),
         reader=reader,
         content_hash=digest.hexdigest(),
     )

@@ -1,7 +1,8 @@
-"""Action statistics of a data set, and the maps between physical and normalised actions (fact sheet §1.1, §3.6).
+"""Statistics of a data set, and the maps between physical and normalised actions (fact sheet §1.1, §3.6).
 
 Statistics are computed when a frame store is written, live in it, and travel inside every checkpoint and exported
-policy. Only the six motion dims are normalised; the gripper stays {0, 1}, 1 = open.
+policy. Of an action only the six motion dims are normalised; the gripper stays {0, 1}, 1 = open. Proprioception is
+normalised by the same scheme, all of its dims.
 
 Schemes:
     none          unchanged
@@ -28,7 +29,7 @@ CLIP = 0.65
 
 @dataclass(frozen=True)
 class ActionStatistics:
-    """Per-dimension statistics of (N, 7) actions; lists of seven floats."""
+    """Per-dimension statistics of (N, 7) actions, lists of seven floats; `state` has those of proprioception (N, S)."""
 
     q01: list[float]
     q99: list[float]
@@ -37,18 +38,25 @@ class ActionStatistics:
     min: list[float]
     max: list[float]
     count: int
+    state: dict[str, list[float]] | None = None
 
     @classmethod
-    def of(cls, actions: np.ndarray) -> ActionStatistics:
-        actions = np.asarray(actions, dtype=np.float64)
-        if not np.isfinite(actions).all():
-            raise UserError("actions hold NaN or infinite values; find the episode with scripts/convert.py and drop it")
-        q01, q99 = np.quantile(actions, [0.01, 0.99], axis=0)
-        moments = dict(mean=actions.mean(0), std=actions.std(0), min=actions.min(0), max=actions.max(0))
-        return cls(q01.tolist(), q99.tolist(), **{k: v.tolist() for k, v in moments.items()}, count=len(actions))
+    def of(cls, actions: np.ndarray, states: np.ndarray | None = None) -> ActionStatistics:
+        state = None if states is None else describe(states, "states")
+        return cls(**describe(actions, "actions"), count=len(actions), state=state)
 
     def to_dict(self) -> dict:
         return dict(self.__dict__)
+
+
+def describe(values: np.ndarray, what: str) -> dict[str, list[float]]:
+    """q01, q99, mean, std, min and max of each column; UserError where a value is not finite."""
+    values = np.asarray(values, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise UserError(f"{what} hold NaN or infinite values; find the episode with scripts/convert.py and drop it")
+    q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)
+    moments = dict(mean=values.mean(0), std=values.std(0), min=values.min(0), max=values.max(0))
+    return {name: value.tolist() for name, value in (dict(q01=q01, q99=q99) | moments).items()}
 
 
 class ActionNormalizer(nn.Module):
@@ -65,13 +73,32 @@ class ActionNormalizer(nn.Module):
         for name in ("q01", "q99", "mean", "std"):
             values = torch.tensor(getattr(statistics, name)[:MOTION], dtype=torch.float32)
             self.register_buffer(name, values, persistent=False)
+            if statistics.state is not None:
+                state = torch.tensor(statistics.state[name], dtype=torch.float32)
+                self.register_buffer(f"state_{name}", state, persistent=False)
+
+    def normalize_state(self, state: Tensor) -> Tensor:
+        """(…, S) proprioception by the same scheme: z-score, or q01/q99 to [-1, 1]; "none" and "clip065" leave it.
+
+        Raises:
+            UserError: the statistics hold none of the state, or of a state of another width.
+        """
+        if self.scheme in ("none", "clip065"):
+            return state
+        known = 0 if self.statistics.state is None else len(self.state_mean)
+        if known != state.shape[-1]:
+            raise UserError(
+                f"the state has {state.shape[-1]} numbers, the policy's statistics describe {known}; "
+                "train on this benchmark's data"
+            )
+        if self.scheme == "zscore":
+            return (state - self.state_mean) / (self.state_std + 1e-6)
+        return _by_quantiles(state, self.state_q01, self.state_q99)
 
     def normalize(self, actions: Tensor) -> Tensor:
         motion = actions[..., :MOTION]
         if self.scheme.startswith("q99"):
-            moving = self.q99 > self.q01
-            motion = (2 * (motion - self.q01) / (self.q99 - self.q01 + 1e-8) - 1).clamp(-1, 1)
-            motion = torch.where(moving, motion, torch.zeros_like(motion))
+            motion = _by_quantiles(motion, self.q01, self.q99)
         if self.scheme.endswith("clip065"):
             motion = motion.clamp(-CLIP, CLIP) / CLIP
         if self.scheme == "zscore":
@@ -88,3 +115,8 @@ class ActionNormalizer(nn.Module):
             moving = self.q99 > self.q01
             motion = torch.where(moving, 0.5 * (motion + 1) * (self.q99 - self.q01) + self.q01, self.q01)
         return torch.cat([motion, actions[..., MOTION:]], dim=-1)
+
+
+def _by_quantiles(values: Tensor, q01: Tensor, q99: Tensor) -> Tensor:
+    scaled = (2 * (values - q01) / (q99 - q01 + 1e-8) - 1).clamp(-1, 1)
+    return torch.where(q99 > q01, scaled, torch.zeros_like(scaled))

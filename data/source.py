@@ -24,28 +24,40 @@ if TYPE_CHECKING:
 
 
 def open_source(
-    benchmark: BenchmarkConfig, data: DataConfig, out: Path | None = None, pairing: str = "aligned"
+    benchmark: BenchmarkConfig,
+    data: DataConfig,
+    out: Path | None = None,
+    pairing: str = "aligned",
+    cameras: list[str] | None = None,
 ) -> FrameStore:
     """The frame store of `data.path`, converted first where it is a folder of a real format.
 
     Args:
         out: where a converted store goes; by default a place derived from its content.
         pairing: see data/libero.py.
+        cameras: those needed; a store with all of `benchmark.cameras` serves where there is one, otherwise one with
+            these alone is made. Default: all of the benchmark's.
 
     Raises:
         UserError: nothing at data.path, no episodes in it, or files that cannot be read (each named).
     """
-    from data.frame_store import FrameStore, write_store
+    from data.frame_store import VERSION, FrameStore, write_store
 
     path = Path(data.path)
     if is_store(path):
         return FrameStore(path)
     files = source_files(benchmark, path)
-    options = dict(
-        family=benchmark.family, cameras=list(benchmark.cameras), image_rotation=data.image_rotation, pairing=pairing
-    )
-    out = out or stores_root() / f"{path.resolve().name}-{fingerprint(files, options | {'encoding': data.encoding})}"
+    options = dict(family=benchmark.family, image_rotation=data.image_rotation, pairing=pairing)
+
+    def place(of: list[str]) -> Path:
+        facts = options | {"cameras": list(of), "encoding": data.encoding, "version": VERSION}
+        return stores_root() / f"{path.resolve().name}-{fingerprint(files, facts)}"
+
+    whole, wanted = list(benchmark.cameras), list(cameras or benchmark.cameras)
+    if out is None:
+        out = place(whole) if set(wanted) <= set(whole) and is_store(place(whole)) else place(wanted)
     if not is_store(out):
+        options |= {"cameras": wanted}
         write_store(with_progress(files, options), out, reader=options, encoding=data.encoding)
     return FrameStore(out)
 

@@ -62,6 +62,7 @@ def run_rollouts(
     retries: int = 2,
     max_batch: int = 16,
     exact: bool = True,
+    ensemble: float | None = None,
     videos: int = 0,
     python: str | None = None,
     progress: bool = True,
@@ -79,7 +80,7 @@ def run_rollouts(
             taken to hang; its worker is then killed.
         header: JSON-able arguments that define the run; "checkpoint" and "config" (hashes) go into every row.
         retries: further attempts on fresh workers for an episode whose simulator failed.
-        max_batch, exact: see PolicyServer; with `exact` the records do not depend on `workers`.
+        max_batch, exact, ensemble: see PolicyServer; with `exact` the records do not depend on `workers`.
         videos: films of the first so many of `episodes` (every step rendered, which changes no state).
         python: the workers' interpreter (needs vla-eval, the simulator, PyAV for videos); default this one.
         progress: bars on a terminal, else a line now and then.
@@ -90,8 +91,15 @@ def run_rollouts(
         RuntimeError: the policy raised; its exception is the cause. Records so far are kept, as on Ctrl-C.
     """
     _check(policy, episodes, workers, execute_steps, header)
-    header = {**header, "env": env, "env_kwargs": env_kwargs, "execute_steps": execute_steps, "exact": exact}
-    server = PolicyServer(policy, execute_steps, min(max_batch, workers), exact)
+    header = {
+        **header,
+        "env": env,
+        "env_kwargs": env_kwargs,
+        "execute_steps": execute_steps,
+        "exact": exact,
+        "ensemble": ensemble,
+    }
+    server = PolicyServer(policy, execute_steps, min(max_batch, workers), exact, ensemble)
     console = Console(stderr=True, quiet=not progress, highlight=False)
     with Records(out, header) as records:
         run = _Run(episodes, records, env_kwargs, videos, retries, console)

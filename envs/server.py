@@ -20,6 +20,7 @@ from vla_eval.model_servers.predict import PredictModelServer
 from vla_eval.specs import DimSpec
 
 from envs.benchmark import ACTION_SPEC, OBSERVATION_SPEC
+from vla.ensemble import TemporalEnsembler
 
 
 class Predictor(Protocol):
@@ -43,15 +44,25 @@ class PolicyServer(PredictModelServer):
             share a batch. vla-eval's batching is then off: a batch computed row by row would hold back the first
             reply until the last is done. `exact=False` stacks whatever is waiting; use it when throughput on a GPU
             matters more than a bit-reproducible record.
+        ensemble: temperature of temporal ensembling (vla/ensemble.py); the policy is then asked every step.
 
     Attributes:
         error: the first exception out of the policy. vla-eval sends clients its text only; a caller in this process
             raises this one.
     """
 
-    def __init__(self, policy: Predictor, execute_steps: int, max_batch: int = 1, exact: bool = True) -> None:
+    def __init__(
+        self,
+        policy: Predictor,
+        execute_steps: int,
+        max_batch: int = 1,
+        exact: bool = True,
+        ensemble: float | None = None,
+    ) -> None:
         super().__init__(max_batch_size=1 if exact else max_batch)
         self.policy = policy
+        self.ensemble = ensemble
+        self._ensemblers: dict[str, TemporalEnsembler] = {}
         self.execute_steps = execute_steps
         self.error: Exception | None = None
 
@@ -75,7 +86,13 @@ class PolicyServer(PredictModelServer):
         except Exception as error:
             self.error = self.error or error
             raise
-        return [{"actions": chunk[: self.execute_steps]} for chunk in actions]
+        if self.ensemble is None:
+            return [{"actions": chunk[: self.execute_steps]} for chunk in actions]
+        for ctx in ctx_batch:
+            if ctx.is_first or ctx.session_id not in self._ensemblers:
+                self._ensemblers[ctx.session_id] = TemporalEnsembler(self.policy.chunk, self.ensemble)
+        executed = [self._ensemblers[ctx.session_id](c) for ctx, c in zip(ctx_batch, actions, strict=True)]
+        return [{"actions": action[None]} for action in executed]
 
     def get_action_spec(self) -> dict[str, DimSpec]:
         return ACTION_SPEC

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 TASK = "benchmark=libero_goal benchmark.tasks=[8]"
+CAMERAS = "benchmark.cameras=[static]"  # all that the VLM4VLA baseline reads
 STARTS = "benchmark.start_displacement=0.05"
 EPISODES = f"{STARTS} benchmark.max_steps=220 first_seed=30 episodes=20"
 RUNS, RESULTS, OUT = "runs/demo", "results/demo", "results/demo"
@@ -77,10 +78,10 @@ def policy_of(arm: str) -> Path:
 def main() -> None:
     clock = Clock()
     clock.stage("Collect demonstrations with a scripted expert in the real simulator")
-    run(f"scripts/collect.py {TASK} {STARTS} {DEMOS}")
+    run(f"scripts/collect.py {TASK} {CAMERAS} {STARTS} {DEMOS}")
 
     clock.stage("Convert them to the frame store that training reads")
-    run(f"scripts/convert.py {TASK}")
+    run(f"scripts/convert.py {TASK} {CAMERAS}")
 
     clock.stage("Train both arms, one thread each, side by side")
     run(*(f"train.py ablation={arm} {TASK} run_root={RUNS} resume=auto" for arm in ARMS))

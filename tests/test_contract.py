@@ -25,7 +25,7 @@ def build(baseline: str, arm: str, store, *overrides: str):
 
 
 def batch_of(store, cfg, size: int = 4, pairs: str | None = "separate"):
-    return PairDataset(store, cfg.chunk, cfg.benchmark.cameras, pairs).__getitems__(range(0, 5 * size, 5))
+    return PairDataset(store, cfg.chunk, cfg.cameras, pairs).__getitems__(range(0, 5 * size, 5))
 
 
 def observation_of(batch):

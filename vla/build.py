@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from importlib import import_module
 from typing import Any
 
 from data.normalization import ActionNormalizer, ActionStatistics
@@ -10,16 +11,16 @@ from vla.config import InverseDynamicsConfig
 from vla.errors import UserError
 from vla.inverse_dynamics import InverseDynamics
 from vla.policy import Policy
+from vla.policy_configs import POLICIES
 
-BASELINES = ("vlm4vla",)
+BASELINES = tuple(POLICIES)
+CLASSES = {"vlm4vla": "VLM4VLA"}
 
 
 def policy_class(name: str) -> type[Policy]:
-    if name == "vlm4vla":
-        from vla.baselines.vlm4vla import VLM4VLA
-
-        return VLM4VLA
-    raise UserError(f"baseline {name!r} is not known; choose one of {', '.join(BASELINES)}")
+    if name not in CLASSES:
+        raise UserError(f"baseline {name!r} is not known; choose one of {', '.join(BASELINES)}")
+    return getattr(import_module(f"vla.baselines.{name}"), CLASSES[name])
 
 
 def build_policy(name: str, statistics: ActionStatistics, normalization: str, arguments: dict[str, Any]) -> Policy:

@@ -37,18 +37,48 @@ def export_policy(policy: Policy, out: Path, *, name: str, arguments: dict, abou
         arguments: those its `build` got; `policy.architecture()` completes them.
         about: JSON-able facts to travel along (arm, benchmark, image_rotation, config hash, data hash, versions).
     """
+    weights = {key: value.detach().cpu().contiguous() for key, value in policy.state_dict().items()}
+    normalizer = policy.normalizer
+    write_policy(
+        out,
+        weights,
+        config={"format": FORMAT, "baseline": name, "arguments": arguments | policy.architecture(), "about": about},
+        statistics={"scheme": normalizer.scheme, **normalizer.statistics.to_dict()},
+        tokenizer=policy.tokenizer,
+    )
+
+
+def write_policy(out: Path, weights: dict, *, config: dict, statistics: dict, tokenizer) -> None:
+    """The folder itself, from its parts; it appears whole or not at all."""
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    weights = {key: value.detach().cpu().contiguous() for key, value in policy.state_dict().items()}
-    safetensors.torch.save_file(weights, partial / "model.safetensors")
-    normalizer = policy.normalizer
-    config = {"format": FORMAT, "baseline": name, "arguments": arguments | policy.architecture(), "about": about}
-    _write_json(partial / "config.json", config)
-    _write_json(partial / "statistics.json", {"scheme": normalizer.scheme, **normalizer.statistics.to_dict()})
-    policy.tokenizer.save_pretrained(partial / "tokenizer")
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(partial, out)
+    try:
+        safetensors.torch.save_file(weights, partial / "model.safetensors")
+        _write_json(partial / "config.json", config)
+        _write_json(partial / "statistics.json", statistics)
+        tokenizer.save_pretrained(partial / "tokenizer")
+        shutil.rmtree(out, ignore_errors=True)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def initial_policy(path: Path, name: str, statistics: ActionStatistics, scheme: str, arguments: dict) -> Policy:
+    """A policy to train, with the weights and the architecture of the policy directory `path`.
+
+    The new data's statistics and the run's chunk, cameras and tap are kept; every other argument is the directory's.
+
+    Raises:
+        UserError: as `load_policy`, or the directory holds another baseline.
+    """
+    config, tokenizer = _read_config(path), _read_tokenizer(path)
+    if config["baseline"] != name:
+        raise UserError(f"init_from={path} holds {config['baseline']}, not {name}; set baseline={config['baseline']}")
+    own = {key: arguments[key] for key in ("chunk", "cameras", "tap")}
+    policy = build_policy(name, statistics, scheme, config["arguments"] | own | {"tokenizer": tokenizer})
+    _load_weights(policy, path)
+    return policy
 
 
 def load_policy(path: Path, device: str = "cpu", tap: str | None = None) -> tuple[Policy, dict]:
@@ -61,29 +91,40 @@ def load_policy(path: Path, device: str = "cpu", tap: str | None = None) -> tupl
         UserError: a file is missing or damaged, or the weights do not fit the configuration.
     """
     path = Path(path)
-    config = _read_json(path, "config.json")
-    statistics = _read_json(path, "statistics.json")
-    if config.get("format") != FORMAT:
-        raise UserError(
-            f"{path}/config.json is of format {config.get('format')}, this code reads {FORMAT}; export again"
-        )
+    config, statistics = _read_config(path), _read_json(path, "statistics.json")
     scheme = statistics.pop("scheme", None)
-    arguments = config["arguments"] | ({"tap": tap} if tap else {})
     try:
         statistics = ActionStatistics(**statistics)
     except TypeError as error:
         raise UserError(f"{path}/statistics.json is incomplete ({error}); export the policy again") from error
-    if not (path / "tokenizer").is_dir():
-        raise UserError(f"{path} has no tokenizer/; export the policy again")
-    arguments["tokenizer"] = AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
+    arguments = config["arguments"] | ({"tap": tap} if tap else {}) | {"tokenizer": _read_tokenizer(path)}
     policy = build_policy(config["baseline"], statistics, scheme, arguments)
+    _load_weights(policy, path)
+    return policy.to(torch.device(device)).eval(), config
+
+
+def _load_weights(policy: Policy, path: Path) -> None:
     try:
         policy.load_state_dict(safetensors.torch.load_file(path / "model.safetensors"), strict=True)
     except (FileNotFoundError, SafetensorError) as error:
         raise UserError(f"{path}/model.safetensors is missing or damaged ({error}); export the policy again") from error
     except RuntimeError as error:
         raise UserError(f"{path}/model.safetensors does not fit config.json: {error}") from error
-    return policy.to(torch.device(device)).eval(), config
+
+
+def _read_config(path: Path) -> dict:
+    config = _read_json(path, "config.json")
+    if config.get("format") != FORMAT:
+        raise UserError(
+            f"{path}/config.json is of format {config.get('format')}, this code reads {FORMAT}; export again"
+        )
+    return config
+
+
+def _read_tokenizer(path: Path):
+    if not (path / "tokenizer").is_dir():
+        raise UserError(f"{path} has no tokenizer/; export the policy again")
+    return AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
 
 
 def checkpoint_hash(path: Path) -> str:

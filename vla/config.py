@@ -16,25 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from vla.errors import UserError
-
-
-@dataclass(frozen=True)
-class VLM4VLAConfig:
-    """Fact sheet §3; the constructor of vla/baselines/vlm4vla.py explains each."""
-
-    name: str = "vlm4vla"
-    pretrained: str | None = None
-    vision: str = "qwen"
-    vision_config: dict[str, Any] = field(default_factory=dict)
-    text_config: dict[str, Any] = field(default_factory=dict)
-    image_size: int = 224
-    vision_size: int = 448
-    attention: str = "sdpa"
-    deepstack: bool = True
-    prompt: str = MISSING
-    head_width: int = 1024
-    huber_delta: float = 1.0
-    gripper_weight: float = 0.01
+from vla.policy_configs import POLICIES
 
 
 @dataclass(frozen=True)
@@ -52,22 +34,45 @@ class InverseDynamicsConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """AdamW, its schedule (vla/optim.py) and the average of the weights.
+
+    `no_decay` are substrings of parameter names; `schedule_steps` is the schedule's length where it is not max_steps;
+    `ema` is a constant decay, `ema_power` FLOWER's growing one (fact sheet §4.5); at most one of the two.
+    """
+
     lr: float = MISSING
     betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1.0e-8
     weight_decay: float = 0.0
+    no_decay: list[str] = field(default_factory=list)
     clip: float = 1.0
     schedule: str = "constant"
+    schedule_steps: int | None = None
     warmup_steps: int | None = None
     warmup_epochs: float = 0.0
+    warmup_ratio: float = 0.0
+    min_lr_ratio: float = 0.0
+    tristage_late: bool = False
     ema: float = 0.0
+    ema_power: float = 0.0
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Training-time image augmentation, the same draw for o_t and o_{t+H}."""
+    """Training-time image augmentation (data/augment.py), the same draw for o_t and o_{t+H}.
+
+    shift: pixels per camera. crop: area of the random crop, per camera. rotation: degrees, per camera. brightness is a
+    factor 1 ± b, brightness_delta a shift (of 1), contrast and saturation are factors 1 ± x, hue a shift (of 1 turn).
+    """
 
     shift: dict[str, int] = field(default_factory=dict)
+    crop: dict[str, float] = field(default_factory=dict)
+    rotation: dict[str, float] = field(default_factory=dict)
     brightness: float = 0.0
+    brightness_delta: float = 0.0
+    contrast: float = 0.0
+    saturation: float = 0.0
+    hue: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,9 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     chunk: int = MISSING
+    cameras: list[str] = MISSING
     normalization: str = MISSING
+    init_from: str | None = None
     batch_size: int = MISSING
     max_steps: int = MISSING
     time_limit_minutes: float | None = None
@@ -145,7 +152,8 @@ class EvaluationConfig:
     retries: int = 2
     episode_timeout: float = 600.0
     videos: int = 0
-    tap: str = "post_projector"
+    ensemble: Any = "policy"
+    tap: str | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +195,8 @@ def register() -> None:
     store = ConfigStore.instance()
     for node in (TrainConfig, EvaluateConfig, CollectConfig, ConvertConfig):
         store.store(name=f"schema_{node.__name__.removesuffix('Config').lower()}", node=_open(node))
-    store.store(group="schema", name="vlm4vla", node=_open(VLM4VLAConfig), package="policy")
+    for name, node in POLICIES.items():
+        store.store(group="schema", name=name, node=_open(node), package="policy")
 
 
 def _open(node: type) -> DictConfig:

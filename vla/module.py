@@ -11,15 +11,13 @@ import hashlib
 import lightning as L
 import torch
 from torch import Tensor
-from transformers import get_scheduler
 
-from data.augment import random_brightness, random_shift
+from data.augment import augment
 from vla.config import AugmentConfig, OptimConfig
 from vla.errors import UserError
 from vla.inverse_dynamics import InverseDynamics
+from vla.optim import make_optimizer, make_schedule
 from vla.policy import Policy, VisualTokens
-
-SCHEDULES = {"constant": "constant_with_warmup", "cosine": "cosine", "linear": "linear"}
 
 
 class VLAModule(L.LightningModule):
@@ -79,23 +77,14 @@ class VLAModule(L.LightningModule):
         """The same draw for all frames of a sample's camera: `frames` is [current] or [current, future]."""
         out: list[dict[str, Tensor]] = [{} for _ in frames]
         for camera in frames[0]:
-            images = [frame[camera] for frame in frames]
-            if pixels := self.augment.shift.get(camera, 0):
-                images = random_shift(images, pixels)
-            if self.augment.brightness:
-                images = random_brightness(images, self.augment.brightness)
+            images = augment([frame[camera] for frame in frames], camera, self.augment)
             for target, image in zip(out, images, strict=True):
                 target[camera] = image
         return out
 
     def configure_optimizers(self) -> dict:
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=self.optim.lr, betas=self.optim.betas, weight_decay=self.optim.weight_decay
-        )
-        if self.optim.schedule not in SCHEDULES:
-            raise UserError(f"optim.schedule={self.optim.schedule} is not known; choose one of {', '.join(SCHEDULES)}")
-        scheduler = get_scheduler(SCHEDULES[self.optim.schedule], optimizer, self.warmup_steps, self.max_steps)
+        optimizer = make_optimizer(self, self.optim)
+        scheduler = make_schedule(optimizer, self.optim, self.warmup_steps, self.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

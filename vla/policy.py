@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from data.normalization import ActionNormalizer
 
@@ -29,14 +30,17 @@ class VisualTokens:
         embeds: (B, P, D) tokens that the policy's own decoder reads.
         tap: (B, P', C) tokens that inverse dynamics and the probes read.
         deepstack: further (B, P, D) tensors that some decoders add at deeper layers.
+        frames: uint8 (B, 3, h, w), where the policy's own decoder needs them again (SpatialVLA's depth).
     """
 
     embeds: Tensor
     tap: Tensor
     deepstack: tuple[Tensor, ...] = ()
+    frames: Tensor | None = None
 
     def rows(self, rows: slice) -> VisualTokens:
-        return VisualTokens(self.embeds[rows], self.tap[rows], tuple(layer[rows] for layer in self.deepstack))
+        frames = None if self.frames is None else self.frames[rows]
+        return VisualTokens(self.embeds[rows], self.tap[rows], tuple(layer[rows] for layer in self.deepstack), frames)
 
 
 class Policy(nn.Module):
@@ -48,7 +52,12 @@ class Policy(nn.Module):
         image_size: frames are resized to this before augmentation and encoding.
         tap: which visual tokens `VisualTokens.tap` holds: pre_projector, post_projector or layer:k (k = block index).
         normalizer: physical ↔ normalised actions.
+        tokenizer: saved beside the weights.
+        ensemble: temperature of the temporal ensembling its paper rolls it out with, None for none (vla/ensemble.py).
     """
+
+    tokenizer: PreTrainedTokenizerBase
+    ensemble: float | None = None
 
     def __init__(self, chunk: int, cameras: list[str], image_size: int, tap: str, normalizer: ActionNormalizer):
         super().__init__()
@@ -62,7 +71,8 @@ class Policy(nn.Module):
     def loss(self, batch: dict, visual: dict[str, VisualTokens]) -> dict[str, Tensor]:
         """The baseline's own objective under "loss", and what it is made of under other names (scalars).
 
-        `batch` is that of data/sampler.py; the future frames in it are not to be read.
+        `batch` is that of data/sampler.py; the future frames in it are not to be read, and what `actions` hold where
+        `action_valid` is False does not matter.
         """
         raise NotImplementedError
 
@@ -70,9 +80,22 @@ class Policy(nn.Module):
         """(B, H, 7) actions in physical units, gripper in {0, 1}, 1 = open.
 
         Args:
-            observation: {"images": {camera: uint8 (B, 3, H, W)}, "state": (B, S), "instruction": list of B str}
+            observation: {"images": {camera: uint8 (B, 3, H, W)}, "state": (B, S), "instruction": list of B str}; in
+                rollouts also "seed" and "step" (B,), from which a sampling policy draws its noise (vla/flow.py)
         """
         raise NotImplementedError
+
+    @classmethod
+    def build(cls, normalizer: ActionNormalizer, **arguments) -> Policy:
+        """A policy from what a configuration holds; `tokenizer=` comes with an exported one."""
+        raise NotImplementedError
+
+    def architecture(self) -> dict:
+        """What `build` needs, beside the config, to make the same modules again without the source of their weights."""
+        raise NotImplementedError
+
+    def fit_to(self, actions: Tensor) -> None:
+        """What a fresh policy still has to learn of the training actions (N, 7), physical units (SpatialVLA's grid)."""
 
     def vision_modules(self) -> list[nn.Module]:
         """The modules behind the tap, so that a tap with nothing to train behind it can be refused."""
@@ -111,3 +134,10 @@ def actions_from_normalized(motion: Tensor, gripper_open: Tensor, normalizer: Ac
     """Physical (B, H, 7) from normalised motion (B, H, 6) and a boolean "open" (B, H)."""
     actions = torch.cat([motion.float(), gripper_open.float()[..., None]], dim=-1)
     return normalizer.unnormalize(actions)
+
+
+def hold_last(actions: Tensor, valid: Tensor) -> Tensor:
+    """Actions (B, H, 7) with every step that is not `valid` (B, H) replaced by the last valid one before it."""
+    steps = torch.arange(actions.shape[1], device=actions.device)
+    last = torch.where(valid, steps, torch.zeros_like(steps)).amax(1, keepdim=True)
+    return actions.gather(1, torch.minimum(steps, last)[..., None].expand_as(actions))

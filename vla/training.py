@@ -15,23 +15,38 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
 from data.frame_store import FrameStore
 from data.normalization import ActionStatistics
+from vla.build import build_policy
 from vla.callbacks import MetricsCSV, Throughput
-from vla.checkpoint import export_policy
+from vla.checkpoint import export_policy, initial_policy
 from vla.config import TrainConfig, run_hash
 from vla.module import VLAModule
+from vla.optim import weight_average
+from vla.policy import Policy
 
 PACKAGES = ("torch", "lightning", "transformers", "numpy")
 
 
 def statistics_of(store: FrameStore) -> ActionStatistics:
     return ActionStatistics(**store.meta.statistics)
+
+
+def initial(cfg: TrainConfig, store: FrameStore, arguments: dict) -> Policy:
+    """The policy before its first step: a fresh one, or `init_from` with this data's statistics."""
+    if cfg.init_from is None:
+        policy = build_policy(cfg.policy.name, statistics_of(store), cfg.normalization, arguments)
+    else:
+        policy = initial_policy(
+            Path(cfg.init_from), cfg.policy.name, statistics_of(store), cfg.normalization, arguments
+        )
+    policy.fit_to(torch.from_numpy(store.actions))
+    return policy
 
 
 def first_step_of(checkpoint: Path | None) -> int:
@@ -64,8 +79,8 @@ def make_trainer(cfg: TrainConfig, run: Path, first_step: int) -> L.Trainer:
             every_n_train_steps=cfg.trainer.checkpoint_every,
         ),
     ]
-    if cfg.optim.ema:
-        callbacks.append(EMAWeightAveraging(decay=cfg.optim.ema))
+    if average := weight_average(cfg.optim):
+        callbacks.append(average)
     limit = cfg.time_limit_minutes
     quiet_lightning()
     return L.Trainer(
