@@ -10,7 +10,6 @@ evaluate.py reads. A run that was stopped goes on with resume=auto; a finished o
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 from data.source import open_source, require_source
@@ -33,7 +32,7 @@ def train(cfg: TrainConfig) -> Path:
     from data.sampler import PairDataset, StatelessBatches, training_loader
     from vla.build import build_inverse_dynamics
     from vla.module import VLAModule
-    from vla.training import first_step_of, fit, initial, make_trainer
+    from vla.training import first_step_of, fit, initial, make_trainer, policy_arguments
 
     if cfg.trainer.threads:
         torch.set_num_threads(cfg.trainer.threads)
@@ -107,11 +106,6 @@ def check(cfg: TrainConfig, store) -> None:
             f"chunk={cfg.chunk} must be between 1 and the shortest episode's length minus one "
             f"({shortest['length']} steps: {shortest['source']}); set chunk=N"
         )
-
-
-def policy_arguments(cfg: TrainConfig) -> dict:
-    arguments = {key: value for key, value in asdict(cfg.policy).items() if key != "name"}
-    return arguments | dict(chunk=cfg.chunk, cameras=list(cfg.cameras), tap=cfg.inverse_dynamics.tap)
 
 
 def warmup_steps(cfg: TrainConfig, samples: int) -> int:

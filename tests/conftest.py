@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 from data.episode import Episode
 from data.frame_store import FrameStore, write_store
-from vla.cli import CONF
-from vla.config import register, typed
+from vla.cli import compose_config
 
 torch.set_num_threads(2)
 
@@ -45,13 +43,6 @@ def store(tmp_path_factory) -> FrameStore:
     path = tmp_path_factory.mktemp("data") / "store"
     write_store(make_episodes(), path, reader={"image_rotation": "rotate180"})
     return FrameStore(path)
-
-
-def compose_config(name: str, *overrides: str):
-    """The typed config of conf/<name>.yaml with command-line overrides."""
-    register()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return typed(compose(name, overrides=list(overrides)))
 
 
 def train_config(store_path: Path, run_root: Path, *overrides: str):

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import compose_config
-from vla.cli import CONF, choices
+from vla.cli import CONF, choices, compose_config
 from vla.config import run_hash
 
 ROOT = CONF.parent

@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from data.sampler import PairDataset
-from tests.conftest import compose_config
-from train import policy_arguments
 from vla.build import BASELINES, build_inverse_dynamics, build_policy
+from vla.cli import compose_config
 from vla.errors import UserError
 from vla.module import VLAModule
-from vla.training import statistics_of
+from vla.training import policy_arguments, statistics_of
 
 ARMS = ("vanilla", "aux", "ptr")
 

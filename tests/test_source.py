@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data.source import open_source
-from tests.conftest import compose_config
 from tests.test_libero_data import write_demos
+from vla.cli import compose_config
 from vla.errors import UserError
 
 PLATE = "put_the_bowl_on_the_plate_demo.hdf5"

@@ -11,9 +11,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
 
 from data.normalization import ActionNormalizer, ActionStatistics
-from tests.conftest import compose_config
 from vla.baselines.vlm4vla import VLM4VLA
 from vla.checkpoint import export_policy, load_policy
+from vla.cli import compose_config
 from vla.errors import UserError
 from vla.policy import resize
 from vla.tokenizer import byte_tokenizer

@@ -54,6 +54,13 @@ def main(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
     return decorate
 
 
+def compose_config(name: str, *overrides: str) -> Any:
+    """The frozen dataclass of conf/<name>.yaml with command-line overrides, for callers that are not a command line."""
+    register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return typed(hydra.compose(name, overrides=list(overrides)))
+
+
 @contextlib.contextmanager
 def one_line(name: str) -> Iterator[None]:
     """Turn bad input into one line on stderr and an exit code."""

@@ -190,11 +190,32 @@ class ConvertConfig:
     pairing: str = "aligned"
 
 
+@dataclass(frozen=True)
+class ConvertWeightsConfig:
+    baseline: str = MISSING
+    source: str = MISSING
+    out: str = MISSING
+    base: str | None = None
+    dataset: str | None = None
+    image_rotation: str = "rotate180"
+    allow_missing: list[str] = field(default_factory=list)
+    allow_unexpected: list[str] = field(default_factory=list)
+
+
+PROGRAMS = {
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "collect": CollectConfig,
+    "convert": ConvertConfig,
+    "convert_weights": ConvertWeightsConfig,
+}
+
+
 def register() -> None:
     """Make the dataclasses known to Hydra, under the names that the defaults lists in conf/ use."""
     store = ConfigStore.instance()
-    for node in (TrainConfig, EvaluateConfig, CollectConfig, ConvertConfig):
-        store.store(name=f"schema_{node.__name__.removesuffix('Config').lower()}", node=_open(node))
+    for name, node in PROGRAMS.items():
+        store.store(name=f"schema_{name}", node=_open(node))
     for name, node in POLICIES.items():
         store.store(group="schema", name=name, node=_open(node), package="policy")
 

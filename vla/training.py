@@ -37,6 +37,11 @@ def statistics_of(store: FrameStore) -> ActionStatistics:
     return ActionStatistics(**store.meta.statistics)
 
 
+def policy_arguments(cfg: TrainConfig) -> dict:
+    arguments = {key: value for key, value in asdict(cfg.policy).items() if key != "name"}
+    return arguments | dict(chunk=cfg.chunk, cameras=list(cfg.cameras), tap=cfg.inverse_dynamics.tap)
+
+
 def initial(cfg: TrainConfig, store: FrameStore, arguments: dict) -> Policy:
     """The policy before its first step: a fresh one, or `init_from` with this data's statistics."""
     if cfg.init_from is None:
