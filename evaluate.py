@@ -18,8 +18,7 @@ from vla.cli import main
 from vla.config import EvaluateConfig
 from vla.errors import UserError
 
-REPLAY = "replay:"
-FACTORIES = {"libero": "envs.libero:LiberoEnv"}
+REPLAY, EXPERT = "replay:", "expert"
 
 
 @main("evaluate")
@@ -31,7 +30,7 @@ def evaluate(cfg: EvaluateConfig) -> dict:
     """Run one evaluation; returns what it wrote as its summary."""
     if cfg.evaluation.name == "rollout":
         return rollout(cfg)
-    if cfg.policy.startswith(REPLAY):
+    if cfg.policy.startswith(REPLAY) or cfg.policy == EXPERT:
         raise UserError(f"evaluation={cfg.evaluation.name} needs a trained policy; {cfg.policy} has no vision encoder")
     return probe(cfg)
 
@@ -40,19 +39,11 @@ def rollout(cfg: EvaluateConfig) -> dict:
     """`episodes` rollouts of every task, seeds first_seed … first_seed + episodes − 1."""
     if cfg.episodes < 1:
         raise UserError(f"episodes={cfg.episodes} runs nothing; give episodes=1 or more")
-    from envs.libero import ensure_gl, task_list
-    from envs.rollout import EpisodeSpec, run_rollouts
+    from envs.rollout import run_rollouts
 
-    names = [name for name, _ in task_list(cfg.benchmark.suite)]
-    tasks = cfg.benchmark.tasks if cfg.benchmark.tasks is not None else range(len(names))
-    if unknown := [task for task in tasks if not 0 <= task < len(names)]:
-        raise UserError(f"benchmark.tasks={unknown} is not in {cfg.benchmark.suite}; choose from 0 … {len(names) - 1}")
     policy, about, checkpoint = load(cfg)
-    ensure_gl()  # once here, not in every worker
     ensemble, steps = execution(cfg, policy)
-    env_kwargs = environment(cfg, about) | {"cameras": list(getattr(policy, "cameras", ["static"]))}
-    seeds = range(cfg.first_seed, cfg.first_seed + cfg.episodes)
-    episodes = [EpisodeSpec(cfg.benchmark.name, names[t], seed, {"task_id": t}) for t in tasks for seed in seeds]
+    env, env_kwargs, episodes = simulator(cfg, policy, about)
     header = identity(cfg, about, checkpoint) | {"evaluation": "rollout"}
     out = folder(
         cfg, header | env_kwargs | {"execute_steps": steps, "exact": cfg.evaluation.exact, "ensemble": ensemble}
@@ -61,7 +52,7 @@ def rollout(cfg: EvaluateConfig) -> dict:
         policy,
         episodes,
         out,
-        env=FACTORIES[cfg.benchmark.family],
+        env=env,
         env_kwargs=env_kwargs,
         workers=cfg.evaluation.workers,
         execute_steps=steps,
@@ -78,6 +69,10 @@ def rollout(cfg: EvaluateConfig) -> dict:
     rate = f"{summary['successes']}/{summary['n']} = {summary['rate']:.2f} [{low:.2f}, {high:.2f}]"
     state = "" if summary["complete"] else f", INCOMPLETE: {summary['missing']} missing"
     speed = result.env_steps / max(result.seconds, 1e-9)
+    if chains := summary.get("chains"):
+        low, high = chains["avg_len"]["interval"] or (float("nan"),) * 2
+        shares = " / ".join(f"{100 * sr['rate']:.1f}" for sr in chains["sr"])
+        print(f"{about['arm']}: SR 1-5 {shares} %, Avg. Len. {chains['avg_len']['value']:.2f} [{low:.2f}, {high:.2f}]")
     print(f"{about['arm']}: {rate} (95 % Wilson){state}; {speed:.0f} env steps/s; {out}")
     return summary
 
@@ -112,6 +107,10 @@ def load(cfg: EvaluateConfig, tap: str | None = None):
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
+    if cfg.policy == EXPERT:
+        from vla.replay import ExpertPolicy
+
+        return ExpertPolicy(), {"arm": "expert", "train_seed": None}, "expert"
     if cfg.policy.startswith(REPLAY):
         from vla.replay import ReplayPolicy
 
@@ -138,10 +137,42 @@ def execution(cfg: EvaluateConfig, policy) -> tuple[float | None, int]:
     return ensemble, steps
 
 
-def environment(cfg: EvaluateConfig, about: dict) -> dict:
-    """What the simulator is built with; the image orientation is the one the policy was trained on."""
-    names = ("suite", "cameras", "resolution", "fixture_seed", "settle_steps", "start_displacement", "max_steps")
-    return {name: getattr(cfg.benchmark, name) for name in names} | {"image_rotation": about["image_rotation"]}
+def simulator(cfg: EvaluateConfig, policy, about: dict) -> tuple[str, dict, list]:
+    """(environment factory, its arguments, the episodes) of the benchmark, checked before anything starts."""
+    benchmark, cameras = cfg.benchmark, list(getattr(policy, "cameras", ["static"]))
+    seeds = range(cfg.first_seed, cfg.first_seed + cfg.episodes)
+    from envs.pool import EpisodeSpec
+
+    if benchmark.family == "calvin":
+        from envs.calvin_sequences import TOTAL, sequences
+        from envs.calvin_sim import package_root, resolve_renderer
+
+        if seeds.stop > TOTAL:
+            raise UserError(
+                f"episodes up to seed {seeds.stop - 1} were asked for; CALVIN has the chains 0 to {TOTAL - 1}"
+            )
+        package_root()
+        sequences()  # made once here, not in every worker
+        env = "envs.calvin:ExpertChains" if cfg.policy == EXPERT else "envs.calvin:CalvinChains"
+        arguments = {"scene": benchmark.scene, "cameras": cameras, "max_steps": benchmark.max_steps}
+        arguments |= {"renderer": resolve_renderer(benchmark.renderer)}
+        return env, arguments, [EpisodeSpec(benchmark.name, "chain", seed) for seed in seeds]
+
+    from envs.libero import ensure_gl, task_list
+
+    if cfg.policy == EXPERT:
+        raise UserError(f"policy=expert acts in CALVIN only, not in {benchmark.name}")
+    names = [name for name, _ in task_list(benchmark.suite)]
+    tasks = benchmark.tasks if benchmark.tasks is not None else range(len(names))
+    if unknown := [task for task in tasks if not 0 <= task < len(names)]:
+        raise UserError(f"benchmark.tasks={unknown} is not in {benchmark.suite}; choose from 0 … {len(names) - 1}")
+    ensure_gl()  # once here, not in every worker
+    keys = ("suite", "resolution", "fixture_seed", "settle_steps", "start_displacement", "max_steps")
+    arguments = {key: getattr(benchmark, key) for key in keys}
+    # The image orientation is the one the policy was trained on.
+    arguments |= {"cameras": cameras, "image_rotation": about["image_rotation"]}
+    episodes = [EpisodeSpec(benchmark.name, names[t], seed, {"task_id": t}) for t in tasks for seed in seeds]
+    return "envs.libero:LiberoEnv", arguments, episodes
 
 
 def identity(cfg: EvaluateConfig, about: dict, checkpoint: str) -> dict:

@@ -18,6 +18,13 @@ class Environment(Protocol):
     instruction: str
     max_steps: int
     """Control steps after which an episode has failed (settling and start displacement not counted)."""
+    replan: bool
+    """After a step: another instruction holds now, so what remains of the chunk is not to be executed. An environment
+    that ever sets it can be observed after any step, rendered or not."""
+    failed: bool
+    """After a step: the episode cannot succeed any more."""
+    subtasks: list[dict]
+    """What each part of a long-horizon episode took, {"task", "success", "steps"}; [] where there is one task."""
 
     def reset(self, seed: int) -> dict:
         """Start the episode `seed` and return its first observation, rendered.

@@ -64,8 +64,10 @@ class ChunkBenchmark(StepBenchmark):
             success = self.env.step(command, render=self.film or (index == len(chunk) - 1 and not timeout))
             if self.film:
                 self.frames.append(_first_image(self.env.observe()))
-            if success or timeout:
+            if success or timeout or self.env.failed:
                 return StepResult(obs=None, reward=float(success), done=True, info={"success": bool(success)})
+            if self.env.replan:
+                break
         return StepResult(obs=self.env.observe(), reward=0.0, done=False, info={"success": False})
 
     def make_obs(self, raw_obs: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:

@@ -156,8 +156,7 @@ class CalvinSim:
 
 def _package() -> Path:
     """Import calvin_env, with stand-ins for what it imports and does not need; returns the root of its checkout."""
-    if find_spec("calvin_env") is None or find_spec("pybullet") is None:
-        raise UserError(INSTALL)
+    root = package_root()
     if "gym" not in sys.modules:
         import gymnasium
 
@@ -172,10 +171,17 @@ def _package() -> Path:
         utils.get_git_commit_hash = lambda path: _commit()  # its own needs GitPython and a checkout
         import calvin_env.envs.play_table_env  # noqa: F401
     logging.getLogger("calvin_env").setLevel(logging.WARNING)
-    return _root()
+    return root
 
 
-def _root() -> Path:
+def package_root() -> Path:
+    """Where the checkout of calvin_env lies.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if find_spec("calvin_env") is None or find_spec("pybullet") is None:
+        raise UserError(INSTALL)
     return Path(next(iter(find_spec("calvin_env").submodule_search_locations))).parent
 
 
@@ -201,7 +207,7 @@ def _commit() -> str:
     """The package's commit where it lies in a checkout."""
     try:
         done = subprocess.run(
-            ["git", "-C", str(_root()), "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True
+            ["git", "-C", str(package_root()), "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True
         )
     except FileNotFoundError:
         return "unknown"

@@ -129,7 +129,8 @@ class LiberoEnv:
         self.max_steps = MAX_STEPS[suite] if max_steps is None else max_steps
         self.image_rotation, self.resolution = image_rotation, resolution
         self.fixture_seed, self.settle_steps, self.start_displacement = fixture_seed, settle_steps, start_displacement
-        self.success = False
+        self.success = self.replan = self.failed = False
+        self.subtasks: list[dict] = []
         self.raw_obs: dict[str, np.ndarray] = {}
         self._gate_open = self._rendered = False
         self._renderer = ensure_gl()

@@ -31,6 +31,7 @@ COLUMNS = {
     "success": bool,
     "steps": int,  # control steps the episode took
     "seconds": float,  # wall clock, reset included
+    "subtasks": list,  # of a chain: {"task", "success", "steps"} in order, up to the first that failed; else []
     "attempts": int,  # 1 + simulator failures this episode was retried after
     "checkpoint": str,  # sha256 of the policy's model.safetensors
     "config": str,  # hash of the resolved config
@@ -134,6 +135,10 @@ class Records:
             "missing_episodes": [{**key._asdict(), "reason": missing[key]} for key in sorted(missing)],
             "per_task": per_task,
         }
+        if rows and all(row["subtasks"] for row in rows):
+            from vla.analysis.chains import chain_metrics
+
+            summary["chains"] = chain_metrics(rows)
         write_atomic(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         return summary
 

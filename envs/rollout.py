@@ -221,7 +221,7 @@ class _Run:
         versions = dict(answer["versions"])
         row = {
             **spec.key._asdict(),
-            **{name: answer[name] for name in ("success", "steps", "seconds")},
+            **{name: answer[name] for name in ("success", "steps", "seconds", "subtasks")},
             "attempts": self.attempts[spec.key],
             **{name: self.records.header[name] for name in ("checkpoint", "config", "execute_steps")},
             "renderer": versions.pop("renderer"),

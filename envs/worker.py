@@ -4,7 +4,7 @@ Started by envs/rollout.py as `python -m envs.worker JOBS ANSWERS`, two inherite
 (simulators print to stdout and some read stdin, so neither is used):
   JOBS     first {"factory", "url", "timeout_s"}, then one job per episode:
            {"kwargs", "task": {"name", "seed"}, "execute_steps", "video": null | path without ending}
-  ANSWERS  one line per job: {"ok": true, "success", "steps", "seconds", "versions"}
+  ANSWERS  one line per job: {"ok": true, "success", "steps", "seconds", "subtasks", "versions"}
            or {"ok": false, "kind": "simulator" | "policy" | "user", "error"}
 The environment is kept while successive jobs have the same kwargs. Anything but a policy's or a user's error is the
 simulator's: the parent then replaces this process. When the parent dies, JOBS ends and the worker exits, even from
@@ -83,7 +83,7 @@ async def _work(next_job: Callable[[], dict[str, Any]], answer: Callable[[dict[s
 
 
 async def run_episode(env: Environment, job: dict[str, Any], connection: Connection) -> dict[str, Any]:
-    """Roll one episode out: {"success": bool, "steps": control steps, "seconds": wall clock, "versions": dict}.
+    """Roll one episode out: {"success": bool, "steps": int, "seconds": wall clock, "subtasks": list, "versions": dict}.
 
     Raises:
         UserError: the chunk is longer than the episode.
@@ -103,6 +103,7 @@ async def run_episode(env: Environment, job: dict[str, Any], connection: Connect
         "success": success,
         "steps": int(result["metrics"]["steps"]),
         "seconds": float(result["elapsed_sec"]),
+        "subtasks": env.subtasks,
         "versions": env.versions(),
     }
 

@@ -38,6 +38,8 @@ class FakeEnv:
         self.journal = Path(journal)
         self.task = task
         self.max_steps = max_steps
+        self.replan = self.failed = False
+        self.subtasks: list[dict] = []
         self.misbehave = misbehave or {}
         self.step_seconds = step_seconds
         self.size = size

@@ -95,6 +95,8 @@ class BenchmarkConfig:
     settle_steps: int = 10
     start_displacement: float = 0.0
     fixture_seed: int = 0
+    scene: str = "D"
+    renderer: str = "auto"
     max_steps: int | None = None
     chunk: int = MISSING
 

@@ -1,4 +1,6 @@
-"""Blind replay of one demonstration: the control that shows what a rollout score says without looking.
+"""Policies that nobody trained: blind replay of one demonstration, and the hand through which a scripted expert acts.
+
+Replay is the control that shows what a rollout score says without looking.
 
 On LIBERO's stored initial states the objects hardly move, so a recorded action sequence alone solves many episodes
 (facts demo §1). An arm whose score is not clearly above this control's has not been shown to see anything.
@@ -40,3 +42,14 @@ class ReplayPolicy:
         """(B, chunk, 7): the actions at each observation's "step"."""
         steps = observation["step"].numpy()[:, None] + np.arange(self.chunk)
         return torch.from_numpy(self.actions[np.minimum(steps, len(self.actions) - 1)])
+
+
+class ExpertPolicy:
+    """Passes on the action that an environment with a scripted expert gives in place of the state (ExpertChains)."""
+
+    chunk = 1
+    cameras: tuple[str, ...] = ()
+
+    def predict(self, observation: dict) -> torch.Tensor:
+        """(B, 1, 7)."""
+        return observation["state"][:, None]
