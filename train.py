@@ -42,22 +42,22 @@ def train(cfg: TrainConfig) -> Path:
     arguments = policy_arguments(cfg)
     policy = initial(cfg, store, arguments)
     inverse_dynamics = build_inverse_dynamics(policy, cfg.inverse_dynamics)
+    pairs = cfg.data.pairs if cfg.data.pairs == "shared" or inverse_dynamics is not None else None
+    dataset = PairDataset(store, cfg.chunk, cfg.cameras, pairs, cfg.data.tail)
     module = VLAModule(
         policy,
         inverse_dynamics,
         cfg.optim,
         cfg.augment,
         max_steps=cfg.max_steps,
-        warmup_steps=warmup_steps(cfg, len(store.samples)),
+        warmup_steps=warmup_steps(cfg, len(dataset)),
         seed=cfg.seed,
     )
     first_step = first_step_of(checkpoint)
     trainer = make_trainer(cfg, run, first_step)
     shared = cfg.data.pairs == "shared"
     size = cfg.batch_size // 2 if shared else cfg.batch_size
-    batches = StatelessBatches(len(store.samples), size, cfg.seed, first_step, trainer.global_rank, trainer.world_size)
-    pairs = cfg.data.pairs if shared or inverse_dynamics is not None else None
-    dataset = PairDataset(store, cfg.chunk, cfg.cameras, pairs)
+    batches = StatelessBatches(len(dataset), size, cfg.seed, first_step, trainer.global_rank, trainer.world_size)
     loader = training_loader(dataset, batches, cfg.trainer.num_workers, pin=cfg.trainer.accelerator == "gpu")
     return fit(cfg, run, trainer, module, loader, checkpoint, arguments, store)
 
@@ -89,6 +89,8 @@ def check(cfg: TrainConfig, store) -> None:
     """What would otherwise fail late or train on nothing."""
     if cfg.max_steps < 1 or cfg.batch_size < 1:
         raise UserError(f"max_steps={cfg.max_steps} and batch_size={cfg.batch_size} must both be at least 1")
+    if cfg.data.tail not in ("pad", "whole"):
+        raise UserError(f"data.tail={cfg.data.tail} is not known; choose pad or whole")
     if cfg.data.pairs not in ("separate", "shared"):
         raise UserError(f"data.pairs={cfg.data.pairs} is not known; choose separate or shared")
     if cfg.data.pairs == "shared" and cfg.batch_size % 2:

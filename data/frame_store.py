@@ -2,26 +2,26 @@
 
 A store is a folder:
     meta.json             version, cameras, statistics, source, reader options, a hash of the content
-    episodes.parquet      one row per episode: instruction, task, source, start, length
-    shard-00000.arrow …   Arrow IPC files, one record batch each: per camera one frame per row (raw bytes of fixed size,
+    episodes.parquet      one row per recording: source, start, length
+    windows.parquet       one row per stretch that an instruction describes: instruction, task, start, length, episode
+    shard-*.arrow         Arrow IPC files, one record batch each: per camera one frame per row (raw bytes of fixed size,
                           or JPEG), and `action` and `state` as fixed-size lists
+
+Where every recording has one instruction (LIBERO) windows and episodes are the same; in play data (CALVIN) windows
+overlap and leave gaps. Frames are stored once.
 
 Arrow IPC because it is memory-mapped without a copy, shared by all workers and ranks through the page cache, holds raw
 and encoded frames alike, and is a documented format with readers in every language. Actions and states are read into
 RAM when a store is opened; frames never are.
 
-Written by `scripts/convert.py`, or by train.py when it meets a folder of a real format.
+Written by data/store_writer.py, through scripts/convert.py or train.py when it meets a folder of a real format.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
-import shutil
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +29,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data.episode import Episode
-from data.normalization import ActionStatistics
 from vla.errors import UserError
 
-VERSION = 2
-SHARD_BYTES = 256 * 2**20
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -45,126 +42,12 @@ class StoreMeta:
     frames: int  # steps that have one
     steps: int
     episodes: int
+    windows: int
     state_dim: int
     statistics: dict
     reader: dict
+    skipped: list[str]  # what could not be read, where that was allowed
     content_hash: str
-
-
-def write_store(episodes: Iterable[Episode], out: Path, reader: dict, encoding: str = "raw") -> StoreMeta:
-    """Write `episodes` to the folder `out`, which appears complete or not at all.
-
-    Args:
-        episodes: non-empty; all with the same cameras, frame sizes and state width.
-        reader: how the episodes were read (JSON-able), kept so that another reading is another store.
-        encoding: "raw" (49 kB for 128 × 128) or "jpeg" (quality 95, about a tenth of it, lossy).
-
-    Raises:
-        UserError: no episodes, differing cameras or sizes, an unknown encoding, or a folder that is not a store.
-    """
-    if encoding not in ("raw", "jpeg"):
-        raise UserError(f"data.encoding={encoding} is not known; choose raw or jpeg")
-    if out.exists() and not (out / "meta.json").exists():
-        raise UserError(f"{out} exists and is not a frame store; choose another place with out=DIR")
-    partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        meta = _write(episodes, partial, reader, encoding)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return meta
-
-
-def _write(episodes: Iterable[Episode], folder: Path, reader: dict, encoding: str) -> StoreMeta:
-    rows: list[dict] = []
-    actions, states, digest, start = [], [], hashlib.sha256(), 0
-    pending, pending_bytes, shard = [], 0, 0
-    shapes: dict[str, list[int]] | None = None
-    state_dim = frames = 0
-
-    for episode in episodes:
-        found = {camera: list(frames.shape[1:]) for camera, frames in episode.frames.items()}
-        if shapes is None:
-            shapes, state_dim = found, episode.state.shape[1]
-        if found != shapes or episode.state.shape[1] != state_dim:
-            raise UserError(
-                f"{episode.source} has cameras {found}, the episodes before it {shapes}; convert them apart"
-            )
-        if episode.frame_valid is not None and not episode.frame_valid[0]:
-            raise UserError(f"{episode.source} has no frame at its first step; collect it again")
-        table = _episode_table(episode, encoding)
-        for array in (episode.actions, episode.state, *episode.frames.values()):
-            digest.update(np.ascontiguousarray(array).tobytes())
-        digest.update(episode.instruction.encode())
-        length = len(episode.actions)
-        frames += length if episode.frame_valid is None else int(episode.frame_valid.sum())
-        rows.append(
-            dict(instruction=episode.instruction, task=episode.task, source=episode.source, start=start, length=length)
-        )
-        start += length
-        actions.append(episode.actions)
-        states.append(episode.state)
-        pending.append(table)
-        pending_bytes += table.nbytes
-        if pending_bytes >= SHARD_BYTES:
-            _write_shard(folder / f"shard-{shard:05d}.arrow", pending)
-            pending, pending_bytes, shard = [], 0, shard + 1
-    if shapes is None:
-        raise UserError("no episodes to convert; collect some first: python scripts/collect.py benchmark=libero_goal")
-    if pending:
-        _write_shard(folder / f"shard-{shard:05d}.arrow", pending)
-
-    pq.write_table(pa.Table.from_pylist(rows), folder / "episodes.parquet")
-    meta = StoreMeta(
-        version=VERSION,
-        encoding=encoding,
-        cameras=shapes,
-        frames=frames,
-        steps=start,
-        episodes=len(rows),
-        state_dim=state_dim,
-        statistics=ActionStatistics.of(np.concatenate(actions), np.concatenate(states)).to_dict(),
-        reader=reader,
-        content_hash=digest.hexdigest(),
-    )
-    with open(folder / "meta.json", "w") as file:
-        json.dump(asdict(meta), file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    return meta
-
-
-def _episode_table(episode: Episode, encoding: str) -> pa.Table:
-    valid = np.ones(len(episode.actions), bool) if episode.frame_valid is None else episode.frame_valid
-    columns = {"frame_valid": pa.array(valid)}
-    for camera, frames in episode.frames.items():
-        if encoding == "raw":
-            flat = np.ascontiguousarray(frames).reshape(len(frames), -1)
-            columns[f"frame_{camera}"] = pa.FixedSizeBinaryArray.from_buffers(
-                pa.binary(flat.shape[1]), len(flat), [None, pa.py_buffer(flat)]
-            )
-        else:
-            columns[f"frame_{camera}"] = pa.array([_encode_jpeg(frame) for frame in frames], pa.large_binary())
-    for name, values in (("action", episode.actions), ("state", episode.state)):
-        flat = pa.array(np.ascontiguousarray(values, dtype=np.float32).reshape(-1))
-        columns[name] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1])
-    return pa.table(columns)
-
-
-def _write_shard(path: Path, tables: list[pa.Table]) -> None:
-    table = pa.concat_tables(tables).combine_chunks()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-
-
-def _encode_jpeg(frame: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, format="JPEG", quality=95, subsampling=0)
-    return buffer.getvalue()
 
 
 class FrameStore:
@@ -173,8 +56,11 @@ class FrameStore:
     Attributes:
         actions: float32 (steps, 7), gripper in {0, 1}, 1 = open, everything else in the benchmark's units.
         states: float32 (steps, S) proprioception.
-        episodes: list of dict(instruction, task, source, start, length).
-        samples: int64 (n,), the steps that have a frame; all of them unless the data says otherwise.
+        episodes: list of dict(source, start, length).
+        windows: list of dict(instruction, task, start, length, episode).
+        samples: int64 (n,), the steps that have a frame and an instruction, window by window.
+        sample_window: int32 (n,), the window each sample belongs to.
+        window_last: int64 (windows,), the last step of each window.
         last_frame: int64 (steps,), the latest step with a frame, up to this one and in the same episode.
         episode_of: int32 (steps,), the episode a step belongs to.
         last_step: int64 (steps,), the last step of that episode.
@@ -213,9 +99,18 @@ class FrameStore:
         self.episode_of = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
         self.last_step = np.repeat(np.cumsum(lengths) - 1, lengths)
         self._starts = np.asarray(self._starts)
-        self.samples = np.flatnonzero(np.concatenate(valid))
+        valid = np.concatenate(valid)
+        framed = np.flatnonzero(valid)
         # An episode's first step has a frame, so the latest one is never in the episode before.
-        self.last_frame = self.samples[np.searchsorted(self.samples, np.arange(len(self)), side="right") - 1]
+        self.last_frame = framed[np.searchsorted(framed, np.arange(len(self)), side="right") - 1]
+        self.windows = pq.read_table(self.path / "windows.parquet").to_pylist()
+        starts = np.array([window["start"] for window in self.windows], dtype=np.int64)
+        lengths = np.array([window["length"] for window in self.windows], dtype=np.int64)
+        self.window_last = starts + lengths - 1
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        steps = np.repeat(starts, lengths) + within
+        self.samples = steps[valid[steps]]
+        self.sample_window = np.repeat(np.arange(len(starts), dtype=np.int32), lengths)[valid[steps]]
 
     def __len__(self) -> int:
         return self.meta.steps

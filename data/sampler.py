@@ -55,36 +55,47 @@ class PairDataset(Dataset):
         state           float32 (B, S)
         instruction     list of B str
 
+    Where play data has windows (CALVIN), a step is sampled once per window it lies in, the chunk ends with the window
+    and the future frame with the recording: o_{t+H} may lie beyond the instruction's end (fact sheet §4.6).
+
     With pairs="separate" B = N: the future frame is extra, as in IDL §3.3. With "shared" B = 2N: both frames of a pair
     are policy samples, o_t's first and then o_{t+H}'s, so that inverse dynamics costs no further encoding.
     """
 
-    def __init__(self, store: FrameStore, chunk: int, cameras: list[str], pairs: str | None):
+    def __init__(self, store: FrameStore, chunk: int, cameras: list[str], pairs: str | None, tail: str = "pad"):
+        """`tail` is what happens where fewer than H steps of a window are left: "pad" (action_valid is False past its
+        end) or "whole" (no sample starts there), as each baseline's reference has it."""
         self.store, self.chunk, self.cameras, self.pairs = store, chunk, cameras, pairs
+        self.steps, self.windows = store.samples, store.sample_window
+        if tail == "whole":
+            inside = self.steps + chunk - 1 <= store.window_last[self.windows]
+            self.steps, self.windows = self.steps[inside], self.windows[inside]
 
     def __len__(self) -> int:
-        return len(self.store.samples)
+        return len(self.steps)
 
     def __getitems__(self, indices: np.ndarray) -> dict:
-        store = self.store
-        steps = store.samples[np.asarray(indices)]
+        store, indices = self.store, np.asarray(indices)
+        steps, windows = self.steps[indices], self.windows[indices]
         batch = {"images": {camera: self._images(camera, steps) for camera in self.cameras}}
         if self.pairs is not None:
             wanted = steps + self.chunk
             future = store.last_frame[np.minimum(wanted, store.last_step[steps])]
             batch["future_images"] = {camera: self._images(camera, future) for camera in self.cameras}
             batch["future_valid"] = torch.from_numpy(future == wanted)
-        return batch | self._targets(np.concatenate([steps, future]) if self.pairs == "shared" else steps)
+        if self.pairs == "shared":
+            steps, windows = np.concatenate([steps, future]), np.concatenate([windows, windows])
+        return batch | self._targets(steps, windows)
 
-    def _targets(self, steps: np.ndarray) -> dict:
+    def _targets(self, steps: np.ndarray, windows: np.ndarray) -> dict:
         store = self.store
-        window = steps[:, None] + np.arange(self.chunk)
-        last = store.last_step[steps][:, None]
+        chunk = steps[:, None] + np.arange(self.chunk)
+        last = store.window_last[windows][:, None]
         return {
-            "actions": torch.from_numpy(store.actions[np.minimum(window, last)]),
-            "action_valid": torch.from_numpy(window <= last),
+            "actions": torch.from_numpy(store.actions[np.minimum(chunk, last)]),
+            "action_valid": torch.from_numpy(chunk <= last),
             "state": torch.from_numpy(store.states[steps]),
-            "instruction": [store.episodes[e]["instruction"] for e in store.episode_of[steps]],
+            "instruction": [store.windows[w]["instruction"] for w in windows],
         }
 
     def _images(self, camera: str, steps: np.ndarray) -> torch.Tensor:

@@ -10,10 +10,9 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vla.config import BenchmarkConfig, DataConfig
 from vla.errors import UserError
@@ -41,7 +40,8 @@ def open_source(
     Raises:
         UserError: nothing at data.path, no episodes in it, or files that cannot be read (each named).
     """
-    from data.frame_store import VERSION, FrameStore, write_store
+    from data.frame_store import VERSION, FrameStore
+    from data.store_writer import convert
 
     path = Path(data.path)
     if is_store(path):
@@ -57,8 +57,8 @@ def open_source(
     if out is None:
         out = place(whole) if set(wanted) <= set(whole) and is_store(place(whole)) else place(wanted)
     if not is_store(out):
-        options |= {"cameras": wanted}
-        write_store(with_progress(files, options), out, reader=options, encoding=data.encoding)
+        units = [LiberoFile(file, tuple(wanted), data.image_rotation, pairing) for file in files]
+        convert(units, out, options | {"cameras": wanted}, data.encoding, data.workers, data.bad_files == "skip")
     return FrameStore(out)
 
 
@@ -101,21 +101,20 @@ def fingerprint(files: list[Path], options: dict) -> str:
     return hashlib.sha256(json.dumps([facts, options], sort_keys=True).encode()).hexdigest()[:10]
 
 
-def with_progress(files: list[Path], options: dict) -> Iterator[Episode]:
-    columns = (TextColumn("converting {task.fields[name]}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("files", total=len(files), name="")
-        for file in files:
-            progress.update(task, name=file.name)
-            yield from read(file, options)
-            progress.advance(task)
+@dataclass(frozen=True)
+class LiberoFile:
+    """One HDF5 file of demonstrations as a unit of conversion."""
 
+    path: Path
+    cameras: tuple[str, ...]
+    image_rotation: str
+    pairing: str
 
-def read(file: Path, options: dict) -> Iterator[Episode]:
-    """Episodes of one file of the benchmark family's format."""
-    if options["family"] == "libero":
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def read(self, skipped: list[str] | None) -> Iterator[Episode]:
         from data.libero import read_libero
 
-        cameras, rotation, pairing = options["cameras"], options["image_rotation"], options["pairing"]
-        return read_libero(file, cameras, image_rotation=rotation, pairing=pairing)
-    raise UserError(f"benchmark.family={options['family']} has no reader; known: libero")
+        return read_libero(self.path, self.cameras, image_rotation=self.image_rotation, pairing=self.pairing)

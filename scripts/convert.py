@@ -22,11 +22,11 @@ def run(cfg: ConvertConfig) -> None:
 
     store = open_source(cfg.benchmark, cfg.data, Path(cfg.out) if cfg.out else None, cfg.pairing)
     meta = store.meta
-    instructions = sorted({episode["instruction"] for episode in store.episodes})
+    instructions = sorted({window["instruction"] for window in store.windows})
     counts = f"{meta.episodes} episodes, {meta.steps} steps, {meta.frames} of them with frames"
     print(f"{store.path}: {counts}, cameras {meta.cameras}, {meta.encoding}")
     for instruction in instructions:
-        print(f"  {sum(e['instruction'] == instruction for e in store.episodes):5d} × {instruction}")
+        print(f"  {sum(w['instruction'] == instruction for w in store.windows):5d} × {instruction}")
     print("  actions q01", [round(x, 3) for x in meta.statistics["q01"]])
     print("  actions q99", [round(x, 3) for x in meta.statistics["q99"]])
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from data.episode import Episode
-from data.frame_store import FrameStore, write_store
+from data.frame_store import FrameStore
+from data.store_writer import write_store
 from vla.cli import compose_config
 
 torch.set_num_threads(2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.augment import random_brightness, random_shift
-from data.frame_store import FrameStore, write_store
+from data.episode import Episode, Window
+from data.frame_store import FrameStore
 from data.normalization import SCHEMES, ActionNormalizer, ActionStatistics
 from data.sampler import PairDataset, StatelessBatches, sample_at, training_loader
+from data.store_writer import convert, write_store
 from tests.conftest import make_episodes
 from vla.errors import UserError
 
@@ -78,7 +80,7 @@ def test_statistics_equal_numpy_and_refuse_nan():
 
 
 def test_store_returns_what_was_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.frame_store.SHARD_BYTES", 150_000)  # several shards
+    monkeypatch.setattr("data.store_writer.SHARD_BYTES", 150_000)  # several shards
     episodes = make_episodes(5, cameras=("static", "wrist"))
     write_store(iter(episodes), tmp_path / "store", reader={})
     store = FrameStore(tmp_path / "store")
@@ -89,8 +91,9 @@ def test_store_returns_what_was_written(tmp_path, monkeypatch):
         np.testing.assert_array_equal(store.frames(camera, order), everything[order])
     np.testing.assert_array_equal(store.actions, np.concatenate([e.actions for e in episodes]))
     np.testing.assert_array_equal(store.states, np.concatenate([e.state for e in episodes]))
-    for row, episode in zip(store.episodes, episodes, strict=True):
-        assert (row["instruction"], row["task"], row["source"]) == (episode.instruction, episode.task, episode.source)
+    for row, window, episode in zip(store.episodes, store.windows, episodes, strict=True):
+        assert (window["instruction"], window["task"]) == (episode.instruction, episode.task)
+        assert row["source"] == episode.source and (window["start"], window["length"]) == (row["start"], row["length"])
         steps = np.arange(row["start"], row["start"] + row["length"])
         assert (store.last_step[steps] == steps[-1]).all()
 
@@ -123,7 +126,7 @@ def test_jpeg_store_is_smaller_and_close(tmp_path):
     episode = replace(make_episodes(1)[0], frames={"static": smooth})
     for encoding in ("raw", "jpeg"):
         write_store([episode], tmp_path / encoding, reader={}, encoding=encoding)
-    size = {e: (tmp_path / e / "shard-00000.arrow").stat().st_size for e in ("raw", "jpeg")}
+    size = {e: (tmp_path / e / "shard-00000-000.arrow").stat().st_size for e in ("raw", "jpeg")}
     frames = FrameStore(tmp_path / "jpeg").frames("static", np.array([3, 0]))
     assert size["jpeg"] * 5 < size["raw"] and np.abs(frames.astype(int) - smooth[:2]).max() <= 6
 
@@ -133,6 +136,70 @@ def test_content_hash_depends_on_content_alone(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         hashes.append(write_store(make_episodes(2, seed=seed), tmp_path / name, reader={}).content_hash)
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+@dataclass(frozen=True)
+class MadeUnit:
+    """A unit of conversion that logs its reading, and is broken where it is told to be."""
+
+    seed: int
+    log: str
+    broken: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return f"unit {self.seed}"
+
+    def read(self, skipped):
+        with open(self.log, "a") as file:
+            file.write(f"{self.seed}\n")
+        yield from make_episodes(2, seed=self.seed)
+        if self.seed in self.broken:
+            raise UserError(f"{self.name} is damaged")
+
+
+def units(log, broken=()):
+    log.touch()
+    return [MadeUnit(seed, str(log), broken) for seed in range(4)]
+
+
+def test_a_conversion_is_the_same_on_any_number_of_processes(tmp_path):
+    log = tmp_path / "log"
+    one = convert(units(log), tmp_path / "one", {}, workers=1)
+    two = convert(units(log), tmp_path / "two", {}, workers=2)
+    assert one == two
+    a, b = FrameStore(tmp_path / "one"), FrameStore(tmp_path / "two")
+    everything = np.arange(len(a))
+    np.testing.assert_array_equal(a.frames("static", everything), b.frames("static", everything))
+    np.testing.assert_array_equal(a.actions, b.actions)
+    expected = np.concatenate([e.frames["static"] for seed in range(4) for e in make_episodes(2, seed=seed)])
+    np.testing.assert_array_equal(a.frames("static", everything), expected)
+    assert a.episodes == b.episodes and a.windows == b.windows and len(a.windows) == 8
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_stopped_conversion_goes_on(tmp_path):
+    log, out = tmp_path / "log", tmp_path / "store"
+    with pytest.raises(UserError, match="unit 2 is damaged"):
+        convert(units(log, broken=(2,)), out, {})
+    assert not out.exists() and log.read_text().split() == ["0", "1", "2"]
+    meta = convert(units(log), out, {})
+    assert log.read_text().split() == ["0", "1", "2", "2", "3"], "what was done is not read again"
+    assert meta == convert(units(log), tmp_path / "at_once", {})
+    with pytest.raises(UserError, match="damaged"):
+        convert(units(log, broken=(1,)), tmp_path / "other", {})
+    log.write_text("")
+    convert(units(log), tmp_path / "other", {"image_rotation": "upright"})
+    assert log.read_text().split() == ["0", "1", "2", "3"], "another reading starts from the beginning"
+
+
+def test_what_cannot_be_read_is_skipped_and_counted_when_asked(tmp_path):
+    meta = convert(units(tmp_path / "log", broken=(1, 3)), tmp_path / "store", {}, skip=True)
+    assert meta.skipped == ["unit 1 is damaged", "unit 3 is damaged"] and meta.episodes == 4
+    expected = np.concatenate([e.actions for seed in (0, 2) for e in make_episodes(2, seed=seed)])
+    np.testing.assert_array_equal(FrameStore(tmp_path / "store").actions, expected)
+    with pytest.raises(UserError, match=r"no episodes.*4 skipped"):
+        convert(units(tmp_path / "log", broken=(0, 1, 2, 3)), tmp_path / "none", {}, skip=True)
 
 
 def test_a_failing_conversion_leaves_nothing(tmp_path):
@@ -151,9 +218,9 @@ def test_bad_stores_are_named(tmp_path):
     with pytest.raises(UserError, match=r"no meta\.json"):
         FrameStore(tmp_path)
     write_store(make_episodes(1), tmp_path / "store", reader={})
-    shard = tmp_path / "store" / "shard-00000.arrow"
+    shard = tmp_path / "store" / "shard-00000-000.arrow"
     shard.write_bytes(shard.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"shard-00000\.arrow is damaged"):
+    with pytest.raises(UserError, match=r"shard-00000-000\.arrow is damaged"):
         FrameStore(tmp_path / "store")
     meta = tmp_path / "store" / "meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"version": 99}))
@@ -190,23 +257,39 @@ def test_ranks_share_the_batch_without_overlap():
     np.testing.assert_array_equal(np.concatenate(ranks), one)
 
 
-def test_pairs_against_a_loop_over_episodes(store):
-    horizon = 5
-    batch = PairDataset(store, horizon, ["static"], "separate").__getitems__(np.arange(len(store)))
-    step = 0
-    for episode in store.episodes:
-        first, length = episode["start"], episode["length"]
-        for t in range(length):
-            assert batch["instruction"][step] == episode["instruction"]
-            assert batch["future_valid"][step] == (t + horizon <= length - 1)
-            for h in range(horizon):
-                inside = t + h <= length - 1
-                assert batch["action_valid"][step, h] == inside
-                expected = store.actions[first + min(t + h, length - 1)]
-                assert (batch["actions"][step, h].numpy() == expected).all()
-            future = store.frames("static", np.array([first + min(t + horizon, length - 1)]))[0]
-            assert (batch["future_images"]["static"][step].permute(1, 2, 0).numpy() == future).all()
-            step += 1
+def windowed_episodes() -> list[Episode]:
+    """Play data: windows overlap, leave gaps and end before the recording does."""
+    first, second = make_episodes(2, length=30)
+    windows = (Window("open it", "open", 2, 12), Window("push it", "push", 9, 10), Window("lift it", "lift", 22, 8))
+    return [replace(first, windows=windows), replace(second, windows=(Window("go", "go", 20, 11),))]
+
+
+@pytest.mark.parametrize("kind", ["whole", "windowed"])
+@pytest.mark.parametrize("tail", ["pad", "whole"])
+def test_samples_against_a_loop_over_windows(kind, tail, tmp_path):
+    horizon, episodes = 5, make_episodes(3) if kind == "whole" else windowed_episodes()
+    write_store(iter(episodes), tmp_path / "store", reader={})
+    dataset = PairDataset(FrameStore(tmp_path / "store"), horizon, ["static"], "separate", tail)
+    batch = dataset.__getitems__(np.arange(len(dataset)))
+    row = 0
+    for episode in episodes:
+        for window in episode.described():
+            end = window.start + window.length
+            for t in range(window.start, end if tail == "pad" else end - horizon + 1):
+                assert batch["instruction"][row] == window.instruction
+                frame = batch["images"]["static"][row].permute(1, 2, 0).numpy()
+                assert (frame == episode.frames["static"][t]).all()
+                assert (batch["state"][row].numpy() == episode.state[t]).all()
+                for h in range(horizon):
+                    assert batch["action_valid"][row, h] == (t + h < end)
+                    assert (batch["actions"][row, h].numpy() == episode.actions[min(t + h, end - 1)]).all()
+                # The pair may cross the window's end, never the recording's.
+                last = len(episode.actions) - 1
+                assert batch["future_valid"][row] == (t + horizon <= last)
+                future = batch["future_images"]["static"][row].permute(1, 2, 0).numpy()
+                assert (future == episode.frames["static"][min(t + horizon, last)]).all()
+                row += 1
+    assert row == len(dataset)
 
 
 def test_shared_pairs_are_policy_samples_twice(store):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 
-from data.frame_store import write_store
+from data.store_writer import write_store
 from evaluate import evaluate
 from tests.conftest import make_episodes, train_config
 from tests.test_libero_data import write_demos

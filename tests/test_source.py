@@ -64,7 +64,7 @@ def test_other_options_or_other_files_are_another_store(folder):
 
 def test_tasks_choose_files(folder):
     store = source(folder, "benchmark.tasks=[8]")
-    assert {episode["task"] for episode in store.episodes} == {"put_the_bowl_on_the_plate"}
+    assert {window["task"] for window in store.windows} == {"put_the_bowl_on_the_plate"}
 
 
 def test_nothing_to_read_is_named_and_leaves_nothing(folder, tmp_path):

@@ -14,7 +14,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from data.frame_store import FrameStore, write_store
+from data.frame_store import FrameStore
+from data.store_writer import write_store
 from tests.conftest import make_episodes, train_config
 from train import run_dir, train
 from vla.checkpoint import checkpoint_hash, load_policy

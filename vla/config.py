@@ -77,10 +77,19 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """Where demonstrations come from and how they are read; encoding … tail: data/store_writer.py, data/sampler.py.
+
+    margin: frames kept after a window of play data, for o_{t+H}. bad_files: raise, or skip and count.
+    """
+
     path: str = MISSING
     image_rotation: str = "rotate180"
     encoding: str = "raw"
     pairs: str = "separate"
+    tail: str = "pad"
+    margin: int = 16
+    bad_files: str = "raise"
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -248,11 +257,13 @@ def typed(cfg: DictConfig) -> Any:
 
 # What may change between two launches of one run without making it another run.
 _NOT_IDENTITY = ("resume", "run_root", "logger", "time_limit_minutes")
+_NOT_IDENTITY_OF_DATA = ("workers",)
 _NOT_IDENTITY_OF_TRAINER = ("num_workers", "checkpoint_every", "keep_checkpoints", "log_every")
 
 
 def run_hash(cfg: TrainConfig) -> str:
     """Eight hex digits that are a function of the resolved configuration alone, never of the clock or the machine."""
     identity = {k: v for k, v in asdict(cfg).items() if k not in _NOT_IDENTITY}
+    identity["data"] = {k: v for k, v in identity["data"].items() if k not in _NOT_IDENTITY_OF_DATA}
     identity["trainer"] = {k: v for k, v in identity["trainer"].items() if k not in _NOT_IDENTITY_OF_TRAINER}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

@@ -33,9 +33,8 @@ def mean_features(policy: Policy, store: FrameStore, device: str, batch_size: in
 
 
 def alignment_of(policy: Policy, store: FrameStore, device: str) -> dict:
-    """State-feature alignment; a segment is an episode, since each has one instruction; gaps count stored frames."""
-    episodes = store.episode_of[store.samples]
-    bounds = np.searchsorted(episodes, np.arange(len(store.episodes) + 1))
+    """State-feature alignment; a segment is a window, where one instruction holds; gaps count stored frames."""
+    bounds = np.searchsorted(store.sample_window, np.arange(len(store.windows) + 1))
     segments = [(int(start), int(end)) for start, end in itertools.pairwise(bounds)]
     poses = store.states[store.samples, :6]
     return asdict(alignment(mean_features(policy, store, device), poses, _Frames(store, policy.cameras[0]), segments))
