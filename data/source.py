@@ -20,6 +20,7 @@ from vla.errors import UserError
 if TYPE_CHECKING:
     from data.episode import Episode
     from data.frame_store import FrameStore
+    from data.store_writer import Unit
 
 
 def open_source(
@@ -46,8 +47,10 @@ def open_source(
     path = Path(data.path)
     if is_store(path):
         return FrameStore(path)
-    files = source_files(benchmark, path)
-    options = dict(family=benchmark.family, image_rotation=data.image_rotation, pairing=pairing)
+    if data.bad_files not in ("raise", "skip"):
+        raise UserError(f"data.bad_files={data.bad_files} is not known; choose raise or skip")
+    files = source_files(benchmark, data)
+    options = reader_options(benchmark, data, pairing)
 
     def place(of: list[str]) -> Path:
         facts = options | {"cameras": list(of), "encoding": data.encoding, "version": VERSION}
@@ -57,7 +60,7 @@ def open_source(
     if out is None:
         out = place(whole) if set(wanted) <= set(whole) and is_store(place(whole)) else place(wanted)
     if not is_store(out):
-        units = [LiberoFile(file, tuple(wanted), data.image_rotation, pairing) for file in files]
+        units = units_of(files, options, tuple(wanted))
         convert(units, out, options | {"cameras": wanted}, data.encoding, data.workers, data.bad_files == "skip")
     return FrameStore(out)
 
@@ -65,7 +68,7 @@ def open_source(
 def require_source(benchmark: BenchmarkConfig, data: DataConfig) -> None:
     """UserError when there is nothing at data.path to open; takes no heavy import, so a run can ask it first."""
     if not is_store(Path(data.path)):
-        source_files(benchmark, Path(data.path))
+        source_files(benchmark, data)
 
 
 def is_store(path: Path) -> bool:
@@ -76,13 +79,26 @@ def stores_root() -> Path:
     return Path(os.environ.get("VLA_DATA", "datasets")) / "stores"
 
 
-def source_files(benchmark: BenchmarkConfig, path: Path) -> list[Path]:
-    """The demonstration files under `path` for the benchmark's tasks, sorted."""
+def reader_options(benchmark: BenchmarkConfig, data: DataConfig, pairing: str) -> dict:
+    """What decides how the benchmark family's files are read; kept in the store's meta."""
+    if benchmark.family == "calvin":
+        return {"family": "calvin", "margin": data.margin, "language": data.language}
+    if benchmark.family == "libero":
+        return {"family": "libero", "image_rotation": data.image_rotation, "pairing": pairing}
+    raise UserError(f"benchmark.family={benchmark.family} has no reader; known: libero, calvin")
+
+
+def source_files(benchmark: BenchmarkConfig, data: DataConfig) -> list[Path]:
+    """The files under data.path that stand for the data: they are looked for now, and their change is another store."""
+    path = Path(data.path)
     hint = (
         f"collect demonstrations with `python scripts/collect.py benchmark={benchmark.name}`, or set data.path=FOLDER"
     )
     if not path.exists():
         raise UserError(f"no data at {path}; {hint}")
+    if benchmark.family == "calvin":
+        split = path / data.split if (path / data.split).is_dir() else path
+        return [split / "ep_start_end_ids.npy", split / data.language / "auto_lang_ann.npy"]
     files = [path] if path.is_file() else sorted(path.glob("*.hdf5"))
     if benchmark.tasks is not None:
         from envs.libero import task_list
@@ -96,7 +112,18 @@ def source_files(benchmark: BenchmarkConfig, path: Path) -> list[Path]:
     return files
 
 
+def units_of(files: list[Path], options: dict, cameras: tuple[str, ...]) -> list[Unit]:
+    """The parts of a conversion."""
+    if options["family"] == "calvin":
+        from data.calvin import CalvinSplit
+
+        return CalvinSplit(files[0].parent, options["language"]).parts(cameras, options["margin"])
+    return [LiberoFile(file, cameras, options["image_rotation"], options["pairing"]) for file in files]
+
+
 def fingerprint(files: list[Path], options: dict) -> str:
+    if missing := [file for file in files if not file.exists()]:
+        raise UserError(f"{missing[0]} is missing; set data.path to the folder that holds it")
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(json.dumps([facts, options], sort_keys=True).encode()).hexdigest()[:10]
 

@@ -79,7 +79,8 @@ class AugmentConfig:
 class DataConfig:
     """Where demonstrations come from and how they are read; encoding … tail: data/store_writer.py, data/sampler.py.
 
-    margin: frames kept after a window of play data, for o_{t+H}. bad_files: raise, or skip and count.
+    split, language, margin are of CALVIN: which folder, which annotation, frames kept after a window for o_{t+H}.
+    bad_files: raise, or skip and count.
     """
 
     path: str = MISSING
@@ -87,6 +88,8 @@ class DataConfig:
     encoding: str = "raw"
     pairs: str = "separate"
     tail: str = "pad"
+    split: str = "training"
+    language: str = "lang_annotations"
     margin: int = 16
     bad_files: str = "raise"
     workers: int | None = None
