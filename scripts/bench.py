@@ -1,6 +1,7 @@
 """Measure speed, each figure beside the plain way of doing the same thing on the same machine in the same run.
 
 python scripts/bench.py rollout            environment steps/s: rendering every step, one in 4, one in 8, never
+python scripts/bench.py loader             samples/s: frame store, and CALVIN's files read directly
 python scripts/bench.py latency            ms per action chunk of every baseline and size, on the device at hand
 python scripts/bench.py latency --baseline flower pi0 --size tiny --json latency.json
 """
@@ -53,7 +54,11 @@ def arguments() -> argparse.Namespace:
     two.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     two.add_argument("--repeats", type=int, default=10, help="calls that are timed")
     two.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    for command in (one, two):
+    three = commands.add_parser("loader", help="samples/s from the frame store and from CALVIN's files")
+    three.add_argument("--data", type=Path, help="a CALVIN split (default: made-up frames of the same size)")
+    three.add_argument("--batches", type=int, default=8, help="of 32 samples, per measurement")
+    three.add_argument("--rounds", type=int, default=5, help="interleaved measurements of each way")
+    for command in (one, two, three):
         command.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
 
@@ -62,6 +67,13 @@ def rollout(options: argparse.Namespace):
     from vla.bench.rollout import measure, show
 
     result = measure(options.suite, options.task, options.steps, options.rounds)
+    return show(result), result
+
+
+def loader(options: argparse.Namespace):
+    from vla.bench.loader import measure, show
+
+    result = measure(options.data, options.batches, options.rounds)
     return show(result), result
 
 
