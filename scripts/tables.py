@@ -1,7 +1,7 @@
 """Comparison tables from a folder of results: rates and scores with intervals, arms paired on shared episodes.
 
     python scripts/tables.py results
-    python scripts/tables.py results --csv table.csv --latex table.tex
+    python scripts/tables.py results --csv table.csv --latex table.tex --alignment alignment.png
 
 Every number comes from the records below the folder; what the columns mean is told in vla/analysis/tables.py.
 """
@@ -33,20 +33,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("results", type=Path, help="folder that holds runs of evaluate.py, at any depth")
     parser.add_argument("--csv", type=Path, help="write the numbers here, the comparisons to <name>_comparisons.csv")
     parser.add_argument("--latex", type=Path, help="write both tables here (needs \\usepackage{booktabs})")
+    parser.add_argument("--alignment", type=Path, help="draw the arms' state-feature alignment here (PNG)")
     options = parser.parse_args(arguments)
     try:
-        run(options.results, options.csv, options.latex)
+        run(options.results, options.csv, options.latex, options.alignment)
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 
-def run(folder: Path, csv: Path | None, latex: Path | None) -> None:
+def run(folder: Path, csv: Path | None, latex: Path | None, alignment: Path | None) -> None:
     from rich.console import Console
 
     from vla.analysis import tables
+    from vla.analysis.chains import chains_table
 
-    for path in (csv, latex):
+    for path in (csv, latex, alignment):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"{path} cannot be written: create the folder {path.parent} first")
     episodes, analyses = tables.load(folder)
@@ -54,12 +56,17 @@ def run(folder: Path, csv: Path | None, latex: Path | None) -> None:
     width = None if sys.stdout.isatty() else 140  # a log file does not wrap at 80
     console = Console(width=width, markup=False, highlight=False)
     show(console, results, comparisons)
+    show_chains(console, *chains_table(episodes))
     for note in tables.notes(episodes, results):
         console.print(f"Note: {note}")
     if csv is not None:
         write_csv(csv, results, comparisons)
     if latex is not None:
         write_latex(latex, results, comparisons)
+    if alignment is not None:
+        from vla.analysis.plots import plot_alignment
+
+        plot_alignment(analyses, alignment)
 
 
 def show(console: Console, results: pd.DataFrame, comparisons: pd.DataFrame) -> None:
@@ -90,6 +97,31 @@ def show(console: Console, results: pd.DataFrame, comparisons: pd.DataFrame) -> 
             for row in pairs.itertuples():
                 console.print(f"{row.arms}: {row.verdict}")
             console.print(tables.PAIR_NOTE, style="dim")
+        console.print()
+
+
+def show_chains(console: Console, results: pd.DataFrame, comparisons: pd.DataFrame) -> None:
+    """CALVIN's own numbers: SR 1-5 in percent and Avg. Len. with its interval, arms paired on the chains they share."""
+    from rich.table import Table
+
+    from vla.analysis.statistics import format_p
+
+    for benchmark, rows in results.groupby("benchmark") if len(results) else ():
+        caption = "SR k: share of chains with k subtasks done in a row, %; Avg. Len. with its 95 % interval over chains"
+        table = Table(title=f"{benchmark}, the first chains of the 1,000", caption=caption, title_justify="left")
+        for column in ("arm", "training seed", "chains", *(f"SR {k}" for k in range(1, 6)), "Avg. Len."):
+            table.add_column(column)
+        for row in rows.itertuples():
+            shares = [f"{100 * getattr(row, f'sr{k}'):.1f}" for k in range(1, 6)]
+            interval = f"{row.avg_len:.2f} [{row.low:.2f}, {row.high:.2f}]"
+            table.add_row(row.arm, row.train_seed, str(row.n), *shares, interval)
+        console.print(table)
+        for row in comparisons[comparisons.benchmark == benchmark].itertuples() if len(comparisons) else ():
+            difference = f"{row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
+            better = row.arm_a if row.difference > 0 else row.arm_b
+            verdict = f"{better} is better" if row.p < 0.05 else "not distinguishable"
+            told = f"Avg. Len. {difference}, paired permutation {format_p(row.p)}, n = {row.n} chains: {verdict}"
+            console.print(f"{row.arm_a} vs {row.arm_b}: {told}")
         console.print()
 
 

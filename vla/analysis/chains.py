@@ -6,9 +6,11 @@ Avg. Len. their mean (fact sheet calvin §3). Computed from `subtasks` of every 
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from vla.analysis.statistics import mean_interval, rate_interval
 
@@ -44,3 +46,48 @@ def chain_metrics(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _rate(successes: int, n: int) -> dict[str, Any]:
     return {"successes": successes, "rate": successes / n, "interval": list(rate_interval(successes, n))}
+
+
+def chains_table(episodes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """One row per (benchmark, arm, training seed), and one per pair of arms, of the chains among `episodes`.
+
+    Args:
+        episodes: the frame of vla.analysis.tables.load.
+
+    Returns:
+        results, numbers: n, sr1 … sr5, avg_len, low, high (95 % BCa bootstrap over chains); comparisons: n (chains both
+        arms ran), difference of Avg. Len. with low and high (bootstrap over the paired differences) and p (paired
+        permutation, two-sided). Both empty where no record is a chain's.
+    """
+    chains = episodes[[bool(subtasks) for subtasks in episodes.subtasks]] if "subtasks" in episodes else episodes[:0]
+    chains = chains.assign(length=[length(subtasks) for subtasks in chains.subtasks]) if len(chains) else chains
+    results, comparisons = [], []
+    for (benchmark, arm, seed), rows in chains.groupby(["benchmark", "arm", "train_seed"]) if len(chains) else ():
+        low, high = mean_interval(rows.length) if len(rows) > 1 else (np.nan, np.nan)
+        shares = {f"sr{k}": float((rows.length >= k).mean()) for k in range(1, CHAIN + 1)}
+        numbers = shares | {"avg_len": float(rows.length.mean()), "low": low, "high": high}
+        results.append({"benchmark": benchmark, "arm": arm, "train_seed": seed, "n": len(rows)} | numbers)
+    for benchmark, group in chains.groupby("benchmark") if len(chains) else ():
+        for a, b in combinations(sorted(set(group.arm)), 2):
+            pair = group[group.arm == a].merge(group[group.arm == b], on=["seed", "train_seed"])
+            if len(pair) > 1:
+                row = {"benchmark": benchmark, "arm_a": a, "arm_b": b}
+                comparisons.append(row | compare_lengths(pair.length_x.to_numpy(), pair.length_y.to_numpy()))
+    return pd.DataFrame(results), pd.DataFrame(comparisons)
+
+
+def compare_lengths(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    """Lengths of the same chains under two policies: mean difference a − b, its interval, and a permutation p-value.
+
+    Under the null hypothesis the two lengths of a chain may be swapped; of 2^n swaps 99,999 are drawn (all of them
+    where they are fewer).
+    """
+    from scipy.stats import permutation_test
+
+    difference = a.astype(float) - b
+    test = permutation_test(
+        (difference,), np.mean, permutation_type="samples", n_resamples=99_999, vectorized=True, batch=1000,
+        rng=np.random.default_rng(0),
+    )  # fmt: skip
+    low, high = mean_interval(difference)
+    return {"n": len(a), "difference": float(difference.mean()), "low": low, "high": high, "p": float(test.pvalue)}

@@ -1,13 +1,14 @@
-"""Learning curves of several arms in one picture.
+"""Learning curves, and state-feature alignment, of several arms in one picture each.
 
 plot_training({"vanilla": read_metrics("runs/a"), "ptr": read_metrics("runs/b")}, Path("curves.png"))
+plot_alignment(analyses, Path("alignment.png"))          # analyses: vla.analysis.tables.load
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vla.errors import UserError
 
@@ -79,6 +80,52 @@ def plot_training(curves: dict[str, pd.DataFrame], out: Path) -> None:
         panel.legend(frameon=False)
     for panel in list(panels):
         panel.set_visible(False)
+    _save(figure, out)
+
+
+def plot_alignment(analyses: pd.DataFrame, out: Path) -> None:
+    """Write a PNG with a bar per arm for cosine and for scale alignment, as IDL's Fig. 1(c), with 95 % intervals.
+
+    Args:
+        analyses: columns benchmark, arm, train_seed, metric ("cosine", "scale"), value, low, high, n.
+    Raises:
+        UserError: no alignment among the analyses.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = analyses[analyses.metric.isin(["cosine", "scale"])]
+    if rows.empty:
+        raise UserError("there is no alignment to plot: run evaluate.py evaluation=alignment first")
+    several = rows.groupby("arm")["train_seed"].nunique().max() > 1
+    names = rows.arm + (", seed " + rows.train_seed if several else "")
+    benchmarks, arms = sorted(rows.benchmark.unique()), sorted(names.unique())
+    figure = Figure(figsize=(2 + 3.5 * len(benchmarks), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(benchmarks), squeeze=False, sharey=True).flat
+    width = 0.8 / len(arms)
+    for panel, benchmark in zip(panels, benchmarks, strict=True):
+        for index, (arm, color) in enumerate(zip(arms, _colors(len(arms)), strict=True)):
+            mine = rows[(rows.benchmark == benchmark) & (names == arm)].set_index("metric")
+            for place, metric in enumerate(("cosine", "scale")):
+                if metric in mine.index:
+                    row = mine.loc[metric]
+                    x = place - 0.4 + width * (index + 0.5)
+                    error = [[row.value - row.low], [row.high - row.value]]
+                    label = arm if metric == mine.index[0] else None
+                    panel.bar(x, row.value, width * 0.9, yerr=error, color=color, label=label, capsize=4)
+                    panel.annotate(f"{row.value:.2f}", (x, row.high), (0, 3), textcoords="offset points", ha="center")
+        panel.set_xticks([0, 1], ["cosine distance", "scale distance"])
+        panel.set_title(f"{benchmark}, {int(rows[rows.benchmark == benchmark].n.max())} frame pairs", fontsize=10)
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.grid(axis="y", alpha=0.3, linewidth=0.5)
+        panel.set_axisbelow(True)
+    figure.axes[0].set_ylabel("state-feature alignment\n(partial Spearman, no unit)")
+    figure.axes[0].legend(frameon=False)
+    _save(figure, out)
+
+
+def _save(figure: Any, out: Path) -> None:
     temporary = out.with_name(f".{out.name}.tmp")
     with temporary.open("wb") as file:
         figure.savefig(file, dpi=160, format="png")
