@@ -13,7 +13,7 @@ from data.frame_store import FrameStore
 from data.store_writer import write_store
 from vla.cli import compose_config
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # more spin when tests run beside each other
 
 
 def make_episodes(

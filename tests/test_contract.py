@@ -28,7 +28,9 @@ def batch_of(store, cfg, size: int = 4, pairs: str | None = "separate"):
 
 
 def observation_of(batch):
-    return {name: batch[name] for name in ("images", "state", "instruction")}
+    """As a rollout sends it: with the episode's seed and step, from which noise is drawn."""
+    rows = torch.arange(len(batch["instruction"]))
+    return {name: batch[name] for name in ("images", "state", "instruction")} | {"seed": rows, "step": 10 * rows}
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -127,6 +129,8 @@ def test_masked_steps_do_not_count(baseline, store):
     batch = batch_of(store, cfg)
     batch["action_valid"][:, 1:] = False
     visual = module.policy.encode_images(module.policy.prepare(batch["images"]))
+    torch.manual_seed(0)
     before = module.policy.loss(batch, visual)["loss"]
     batch["actions"][:, 1:] += 1
+    torch.manual_seed(0)
     assert torch.equal(module.policy.loss(batch, visual)["loss"], before)

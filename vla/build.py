@@ -14,7 +14,7 @@ from vla.policy import Policy
 from vla.policy_configs import POLICIES
 
 BASELINES = tuple(POLICIES)
-CLASSES = {"vlm4vla": "VLM4VLA"}
+CLASSES = {"vlm4vla": "VLM4VLA", "pi0": "Pi0", "openvla": "OpenVLA", "spatialvla": "SpatialVLA", "flower": "Flower"}
 
 
 def policy_class(name: str) -> type[Policy]:

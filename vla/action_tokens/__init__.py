@@ -1,0 +1,1 @@
+"""Actions as tokens of a language model: one module per vocabulary."""
