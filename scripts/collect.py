@@ -18,10 +18,17 @@ from vla.config import CollectConfig
 
 @main("collect")
 def run(cfg: CollectConfig) -> None:
+    benchmark = cfg.benchmark
+    if benchmark.family == "calvin":
+        from envs.calvin_collection import collect_calvin
+
+        cameras, seed = tuple(benchmark.cameras), cfg.seed
+        for folder in collect_calvin(Path(cfg.out), cfg.demos, cameras, benchmark.renderer, seed, cfg.workers):
+            print(folder)
+        return
     from envs.collection import collect
     from envs.experts import RECIPES
 
-    benchmark = cfg.benchmark
     tasks = benchmark.tasks if benchmark.tasks is not None else sorted(RECIPES.get(benchmark.suite, {}))
     files = collect(
         benchmark.suite,

@@ -94,6 +94,26 @@ def test_decode_then_encode_is_the_identity_for_all_tokens(grid):
         np.testing.assert_allclose(actions[index, 3:6], angles, atol=1e-6)
 
 
+def test_coordinates_with_different_numbers_of_cells():
+    """Every rotation and small translation of a 2 × 4 × 3, 5 × 2 × 3 grid; the last coordinate varies fastest."""
+    grid = SpatialGrid([2, 4, 3, 5, 2, 3])
+    assert (grid.translations, grid.rotations, grid.size) == (24, 30, 56)
+    edges = [e.numpy() for e in grid.edges()]
+    for kind, offset in ((slice(0, 3), 0), (slice(3, 6), 24)):
+        centres = [(e[:-1] + e[1:]) / 2 for e in edges[kind]]
+        for index, (a, b, c) in enumerate(itertools.product(*centres)):
+            action = np.zeros(7)
+            inner = c < 1  # a radius within the cube whatever the direction
+            action[kind] = (a, b, c) if offset else [
+                c * math.sin(a) * math.cos(b), c * math.sin(a) * math.sin(b), c * math.cos(a)]  # fmt: skip
+            column = 1 if offset else 0
+            if offset or inner:
+                assert grid.encode(torch.tensor(action))[column] == offset + index
+                token = torch.tensor([0, 24, 54])
+                token[column] = offset + index
+                np.testing.assert_allclose(grid.decode(token)[kind], action[kind], atol=1e-6)
+
+
 def test_foreign_ids_become_the_nearest_of_their_kind(grid):
     foreign = torch.tensor([[-50, 3, 0], [8193, 8193, 7], [5000, 9000, 9000]])
     nearest = torch.tensor([[0, 4096, 8192], [4095, 8191, 8192], [4095, 8191, 8193]])

@@ -334,6 +334,7 @@ def test_what_is_frozen_gets_no_gradient():
     policy.loss(batch(), encoded(policy, frames()))["loss"].backward()
     frozen = [name for name, p in policy.named_parameters() if p.grad is None]
     assert frozen and all(name.startswith("depth_model.") or "embed_tokens" in name for name in frozen)
+    assert frozen == [name for name, p in policy.named_parameters() if not p.requires_grad]
     for name in ("action_embedding.weight", "lm_head.weight", "projector.weight", "ego3d.mlp.0.weight",
                  "ego3d.mlp.3.bias", "vision_tower.embeddings.patch_embedding.weight"):  # fmt: skip
         assert policy.get_parameter(name).grad.abs().sum() > 0, name

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from data.normalization import ActionStatistics
-from vla.build import build_policy
+from vla.build import build_policy, policy_class
 from vla.errors import UserError
 from vla.policy import Policy
 
@@ -67,7 +67,7 @@ def write_policy(out: Path, weights: dict, *, config: dict, statistics: dict, to
 def initial_policy(path: Path, name: str, statistics: ActionStatistics, scheme: str, arguments: dict) -> Policy:
     """A policy to train, with the weights and the architecture of the policy directory `path`.
 
-    The new data's statistics and the run's chunk, cameras and tap are kept; every other argument is the directory's.
+    The new data's statistics are kept, and of the run's arguments those in `of_the_run`; all others come from there.
 
     Raises:
         UserError: as `load_policy`, or the directory holds another baseline.
@@ -75,7 +75,7 @@ def initial_policy(path: Path, name: str, statistics: ActionStatistics, scheme: 
     config, tokenizer = _read_config(path), _read_tokenizer(path)
     if config["baseline"] != name:
         raise UserError(f"init_from={path} holds {config['baseline']}, not {name}; set baseline={config['baseline']}")
-    own = {key: arguments[key] for key in ("chunk", "cameras", "tap")}
+    own = {key: arguments[key] for key in policy_class(name).of_the_run}
     policy = build_policy(name, statistics, scheme, config["arguments"] | own | {"tokenizer": tokenizer})
     _load_weights(policy, path)
     return policy

@@ -99,4 +99,5 @@ def ema_decay(updates: Tensor | int, power: float, largest: float = 0.9999) -> T
 
 
 def _towards(average: Tensor, now: Tensor, decay: Tensor) -> Tensor:
-    return torch.lerp(now, average, decay.to(now))
+    """decay · average + (1 − decay) · now; integers (position ids, counters) are copied."""
+    return torch.lerp(now, average, decay.to(now)) if now.is_floating_point() else now

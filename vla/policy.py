@@ -11,6 +11,7 @@ in conf/baseline/, and tests/test_contract.py passing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,8 @@ class Policy(nn.Module):
 
     tokenizer: PreTrainedTokenizerBase
     ensemble: float | None = None
+    of_the_run: ClassVar[tuple[str, ...]] = ("chunk", "cameras", "tap")
+    """Arguments of `build` that a run which starts from another policy's weights decides itself (init_from)."""
 
     def __init__(self, chunk: int, cameras: list[str], image_size: int, tap: str, normalizer: ActionNormalizer):
         super().__init__()

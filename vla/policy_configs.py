@@ -99,6 +99,7 @@ class FlowerConfig:
     max_text_tokens: int = 77
     flow_steps: int = 4
     times: str = "stratified"
+    draws: int = 1
     token_dropout: float = 0.1
     attend_padding: bool = True
     attention: str = "sdpa"

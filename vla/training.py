@@ -108,7 +108,13 @@ def make_trainer(cfg: TrainConfig, run: Path, first_step: int) -> L.Trainer:
 def quiet_lightning() -> None:
     """Silence advice that does not apply: our sampler is exact on resume, our loader gathers whole batches."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in ("not resumable", "does not have many workers", "exists and is not empty", "treespec, LeafSpec"):
+    for message in (
+        "not resumable",
+        "does not have many workers",
+        "exists and is not empty",
+        "treespec, LeafSpec",
+        "in eval mode",
+    ):
         warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 

@@ -58,7 +58,7 @@ class SpatialGrid(nn.Module):
         self.size = self.translations + self.rotations + 2
         for (name, (low, high)), cells in zip(RANGES.items(), bins, strict=True):
             self.register_buffer(name, torch.linspace(low, high, cells + 1, dtype=torch.float64))
-        self.register_buffer("fitted", torch.zeros((), dtype=torch.long))
+        self.register_buffer("fitted", torch.zeros((), dtype=torch.float64))  # averages of weights take buffers too
 
     def edges(self) -> list[Tensor]:
         """The six coordinates' boundaries, float64, each one longer than its number of cells."""

@@ -57,6 +57,7 @@ class Flower(Policy):
         dit_config: arguments of FlowTransformer.
         flow_steps: Euler steps from noise to actions.
         times: how training draws the flow's time, a key of TIMES.
+        draws: of time and noise per sample and step; the reference's 1. The encoder, which costs most, runs once.
         token_dropout: of single features of the encoder's output.
         attend_padding: see the module's docstring.
     """
@@ -76,6 +77,7 @@ class Flower(Policy):
         dit_config: dict,
         flow_steps: int,
         times: str,
+        draws: int,
         token_dropout: float,
         attend_padding: bool,
     ):
@@ -100,7 +102,8 @@ class Flower(Policy):
         if chunk > self.dit.max_length:
             raise UserError(f"chunk={chunk} is longer than policy.dit_config.max_length={self.dit.max_length}")
         self.prompt, self.max_text_tokens = prompt, max_text_tokens
-        self.flow_steps, self.draw_times, self.attend_padding = flow_steps, TIMES[times], attend_padding
+        self.flow_steps, self.draw_times, self.draws = flow_steps, TIMES[times], draws
+        self.attend_padding = attend_padding
 
     @classmethod
     def build(
@@ -197,9 +200,14 @@ class Flower(Policy):
         """Mean squared error of the velocity over valid steps × 7 dims (§4.4)."""
         actions, valid = self.normalizer.normalize(batch["actions"]), batch["action_valid"]
         actions = torch.cat([actions[..., :GRIPPER], 2 * actions[..., GRIPPER:] - 1], dim=-1)
+        context, mask = self.context(visual, batch["instruction"], self.attend_padding)
+        actions, valid, context = (
+            part.repeat(self.draws, *[1] * (part.dim() - 1)) for part in (actions, valid, context)
+        )
+        mask = None if mask is None else mask.repeat(self.draws, 1)
         t = self.draw_times(len(actions), actions.device)
         x, target = interpolate(actions, torch.randn_like(actions), t)
-        velocity = self.dit(x, t, *self.context(visual, batch["instruction"], self.attend_padding))
+        velocity = self.dit(x, t, context, mask)
         error = (velocity.float() - target).square().mean(-1)
         return {"loss": (error * valid).sum() / valid.sum()}
 

@@ -244,7 +244,7 @@ def load_paligemma(pretrained: str, image_size: int) -> tuple[PaliGemmaModel, Pr
     """PaliGemma without its language head (π0 generates no text), in float32."""
     try:
         vlm = PaliGemmaForConditionalGeneration.from_pretrained(pretrained, dtype=torch.float32).model
-        tokenizer = AutoTokenizer.from_pretrained(pretrained)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"policy.pretrained={pretrained} cannot be loaded: {error}") from error
     if (size := vlm.config.vision_config.image_size) != image_size:

@@ -66,6 +66,8 @@ class SpatialVLA(Policy):
         ensemble: temperature of temporal ensembling in rollouts.
     """
 
+    of_the_run = (*Policy.of_the_run, "adapt_grid", "min_sigma", "mask", "ensemble")
+
     def __init__(
         self,
         vision_tower: SiglipVisionModel,
@@ -358,7 +360,7 @@ def load_paligemma(
     """PaliGemma2 in float32 and its tokenizer."""
     try:
         paligemma = PaliGemmaForConditionalGeneration.from_pretrained(pretrained, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(pretrained)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"policy.pretrained={pretrained} cannot be loaded: {error}") from error
     if (kind := paligemma.config.text_config.model_type) != "gemma2":

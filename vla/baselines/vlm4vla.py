@@ -120,7 +120,7 @@ class VLM4VLA(Policy):
                 vlm = Qwen3VLForConditionalGeneration.from_pretrained(
                     pretrained, dtype=torch.float32, attn_implementation=attention
                 )
-                tokenizer = AutoTokenizer.from_pretrained(pretrained)
+                tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False)
             except (OSError, ValueError) as error:
                 raise UserError(f"policy.pretrained={pretrained} cannot be loaded: {error}") from error
             visual = QwenVision(vlm.config.vision_config, vision_size, tap, vlm.model.visual)

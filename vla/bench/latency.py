@@ -19,6 +19,7 @@ from data.normalization import ActionStatistics
 from vla.build import build_policy
 from vla.cli import compose_config
 from vla.policy import Policy
+from vla.policy_configs import POLICIES
 from vla.training import policy_arguments
 
 STATE = 8  # LIBERO's proprioception
@@ -71,7 +72,8 @@ def _row(baseline: str, size: str, device: str, dtype: str, repeats: int) -> dic
 
 def random_policy(baseline: str, size: str) -> tuple[Policy, object]:
     """The policy of a configuration with random weights in place of released ones, and the configuration."""
-    released = ["policy.pretrained=null"] if size == "full" else []
+    sources = [name for name in POLICIES[baseline].__dataclass_fields__ if name.startswith("pretrained")]
+    released = [f"policy.{name}=null" for name in sources] if size == "full" else []
     cfg = compose_config("train", f"baseline={baseline}", f"size={size}", *released)
     unit = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0, "q01": -1.0, "q99": 1.0}
     state = {name: [value] * STATE for name, value in unit.items()}

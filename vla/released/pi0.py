@@ -193,6 +193,6 @@ def tokenizer_of(folder: Path, arguments: dict) -> PreTrainedTokenizerBase:
     own = (folder / "tokenizer_config.json").exists()
     source = str(folder) if own else arguments["pretrained"]
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"base={source} gives no tokenizer: {error}") from error

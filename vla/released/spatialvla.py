@@ -1,8 +1,8 @@
 """SpatialVLA's checkpoints: a hub folder of safetensors shards for code that came with it (fact sheet §5.8).
 
-Read are `config.json`, the weights, `processor_config.json` (the grid's boundaries, action statistics, intrinsics, chunk)
-and the tokenizer with its action tokens; the code in the folder is not. The action tokens' rows of the text embedding
-are dropped: the authors overwrite them with `spatial_embed_tokens` on loading, and so nothing ever reads them.
+Read are `config.json`, the weights, `processor_config.json` (the grid's boundaries, action statistics, intrinsics,
+chunk) and the tokenizer with its action tokens; the code in the folder is not. The text embedding's rows of action
+tokens are dropped: the authors overwrite them with `spatial_embed_tokens` on loading, and so nothing ever reads them.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def released_grid(processor: dict, folder: Path) -> SpatialGrid:
         )
     grid = SpatialGrid([len(e) - 1 for e in edges])
     values = dict(zip(RANGES, map(torch.from_numpy, edges), strict=True))
-    grid.load_state_dict(values | {"fitted": torch.ones((), dtype=torch.long)})
+    grid.load_state_dict(values | {"fitted": torch.ones_like(grid.fitted)})
     return grid
 
 

@@ -43,7 +43,9 @@ def convert(path: Path, arguments: dict, dataset: str | None) -> Converted:
     weights = convert_weights(read_tensors(path))
     base = str(folder) if (folder / "config.json").exists() else arguments["pretrained"]
     try:
-        config, tokenizer = AutoConfig.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+        config, tokenizer = (
+            kind.from_pretrained(base, trust_remote_code=False) for kind in (AutoConfig, AutoTokenizer)
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"base={base} gives no Qwen3-VL config and tokenizer: {error}") from error
     motion = take(weights, "head.motion.6.weight", (None, None))
