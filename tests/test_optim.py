@@ -131,6 +131,8 @@ def test_the_average_is_exported_and_training_is_untouched(store, tmp_path):
         trail.append(state[key].double())
     averaged = train_config(store.path, tmp_path / "averaged", *options, "optim.ema_power=0.6666666666666666")
     policy = train(averaged)
+    last = torch.load(run_dir(averaged) / "checkpoints" / "step=5.ckpt", weights_only=True)["current_model_state"]
+    assert last.keys() == state.keys() and all(torch.equal(value, last[name]) for name, value in state.items())
     average = trail[0]
     for step, weights in enumerate(trail[1:], 2):
         decay = min(1 - (1 + max(0, step - 1)) ** (-2 / 3), 0.9999)
