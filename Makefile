@@ -15,7 +15,7 @@ demo: setup
 	@$(RUN) scripts/demo.py
 
 test: setup
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-slow: setup
 	$(RUN) -m pytest -m slow --timeout 1800

@@ -8,7 +8,7 @@ import torch
 from tests.test_contract import batch_of, build, observation_of
 from vla.build import BASELINES
 
-STEPS = {"flower": 1200}  # uniform times ask for 1/t near t = 0, which takes long; π0 draws few of them
+STEPS = {"flower": 500}
 # Mean absolute error of motion that is normalised to [-1, 1], where the batch's own mean is about 0.5. The flows are
 # sampled in few Euler steps; SpatialVLA's grid is coarse, so it is held to what its tokens can say.
 TOLERANCE = {"vlm4vla": 0.05, "flower": 0.1, "spatialvla": 0.02, "openvla": 0.02, "pi0": 0.1}
