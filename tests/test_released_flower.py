@@ -126,6 +126,9 @@ CONTAINERS = {
         ),
         path / "w.pt",
     ),
+    'every "model." cut out': lambda state, path: torch.save(
+        OrderedDict((k.replace("model.", ""), v) for k, v in state.items()), path / "w.pt"
+    ),
     "lightning": lambda state, path: torch.save({"state_dict": state, "callbacks": {}, "epoch": 3}, path / "w.ckpt"),
     "lightning with EMA": lambda state, path: torch.save(
         {"state_dict": wrong(state), "callbacks": {"EMA": {"ema_weights": list(state.values()), "cur_step": 9}}},

@@ -58,6 +58,7 @@ UNNEEDED = [
     r"^proprio_encoders\.",  # proprioception is off in every released configuration of CALVIN and LIBERO
     r"^encoder\.shared\.",  # the same tensor as encoder.embed_tokens
     r"^vlm\.language_model\.(model\.decoder\.|lm_head\.|final_logits_bias$)",  # deleted by the authors' code
+    r"^vlm\.language_(shared\.weight|final_logits_bias)$",  # as their exporter, which cuts every "model.", leaves them
     r"^vision_tower\.(norms|head)\.",  # of DaViT's classifier
 ]
 
