@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from vla.bench import latency
 from vla.build import BASELINES
@@ -36,3 +37,19 @@ def test_what_does_not_fit_is_said_to_be_unmeasured(monkeypatch):
 def test_every_baseline_has_a_tiny_latency_and_a_countable_full_size(baseline):
     (row,) = latency.measure([baseline], ["tiny"], "cpu", "float32", 2)["rows"]
     assert row["ms_per_chunk"] < 2000 and row["parameters"] < 5e6
+
+
+@pytest.mark.parametrize(
+    ("baseline", "low", "high"),
+    [
+        ("vlm4vla", 8.0e9, 8.3e9),  # 8.8 B less the language head (fact sheet §13)
+        ("flower", 0.90e9, 1.0e9),
+        ("spatialvla", 2.7e9, 4.1e9),  # the lower one with the byte tokeniser's vocabulary
+        ("openvla", 7.4e9, 7.6e9),
+        ("pi0", 3.1e9, 3.3e9),
+    ],
+)
+def test_full_sizes_are_the_published_ones(baseline, low, high):
+    with torch.device("meta"):
+        policy, _ = latency.random_policy(baseline, "full")
+    assert low < sum(p.numel() for p in policy.parameters()) < high
