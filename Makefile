@@ -4,12 +4,16 @@
 PYTHON ?= python3.11
 RUN = .venv/bin/python
 
-.PHONY: setup demo test test-slow lint clean
+# make calvin installs the CALVIN simulator, which is not on PyPI, at the commits this code was measured with
+.PHONY: calvin setup demo test test-slow lint clean
 
 setup: .venv/.ready
 
 .venv/.ready: requirements.txt scripts/setup.sh
 	@PYTHON=$(PYTHON) bash scripts/setup.sh
+
+calvin: setup
+	@bash scripts/setup_calvin.sh
 
 demo: setup
 	@$(RUN) scripts/demo.py

@@ -31,8 +31,9 @@ def write_run(
     rows = [
         {
             "benchmark": run["benchmark"], "task": "put_the_bowl_on_the_plate", "seed": first_seed + i,
-            "success": outcome == "1", "steps": 90, "seconds": 2.5, "subtasks": [], "attempts": 1, "checkpoint": run["checkpoint"],
-            "config": "k", "execute_steps": 8, "renderer": renderer, "versions": {"mujoco": "3.3.2"},
+            "success": outcome == "1", "steps": 90, "seconds": 2.5, "subtasks": [], "attempts": 1,
+            "checkpoint": run["checkpoint"], "config": "k", "execute_steps": 8, "renderer": renderer,
+            "versions": {"mujoco": "3.3.2"},
         }
         for i, outcome in enumerate(successes)
     ]  # fmt: skip
