@@ -119,7 +119,7 @@ def load(cfg: EvaluateConfig, tap: str | None = None):
     from vla.checkpoint import checkpoint_hash, load_policy
 
     policy, config = load_policy(Path(cfg.policy), cfg.device, tap)
-    return policy, config["about"], checkpoint_hash(Path(cfg.policy))
+    return policy, config["about"] | {"baseline": config["baseline"]}, checkpoint_hash(Path(cfg.policy))
 
 
 def execution(cfg: EvaluateConfig, policy) -> tuple[float | None, int]:
@@ -179,6 +179,7 @@ def identity(cfg: EvaluateConfig, about: dict, checkpoint: str) -> dict:
     """Which policy this is, in the header of every result."""
     return {
         "benchmark": cfg.benchmark.name,
+        "baseline": about.get("baseline"),
         "arm": cfg.arm or about["arm"],
         "train_seed": about["train_seed"],
         "checkpoint": checkpoint,

@@ -240,3 +240,17 @@ def test_learning_curves(tmp_path):
         read_metrics(tmp_path / "nowhere")
     with pytest.raises(UserError):
         plot_training({"vanilla": metrics[["step"]]}, tmp_path / "none.png")
+
+
+def test_several_baselines_may_have_the_same_arms(tmp_path):
+    write_run(tmp_path / "a", "ptr", "1100", baseline="flower")
+    write_run(tmp_path / "b", "ptr", "1000", baseline="pi0")
+    write_run(tmp_path / "c", "replay", "0000")
+    write_analyses(tmp_path / "d", "ptr", 5.0, 0.2, baseline="pi0", train_seed=0)
+    episodes, analyses = tables.load(tmp_path)
+    results = tables.results_table(episodes, analyses).set_index("arm")
+    assert results.successes.to_dict() == {"flower ptr": 2, "pi0 ptr": 1, "replay": 0}
+    assert results.probe.dropna().to_dict() == {"pi0 ptr": 5.0}
+    write_run(tmp_path / "alone" / "a", "ptr", "1100", baseline="flower")
+    alone, _ = tables.load(tmp_path / "alone")
+    assert set(alone.arm) == {"ptr"}

@@ -52,8 +52,9 @@ def load(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise UserError(f"{root} holds no episodes.jsonl, alignment.json or state_probe.json: run evaluate.py first")
     identity = ["benchmark", "conditions", "arm", "train_seed", "task", "seed"]
     episodes = pd.concat(runs, ignore_index=True) if runs else pd.DataFrame(columns=[*identity, "folder"])
-    columns = ["benchmark", "arm", "train_seed", "metric", "value", "low", "high", "n", "folder"]
+    columns = ["benchmark", "baseline", "arm", "train_seed", "metric", "value", "low", "high", "n", "folder"]
     analyses = pd.DataFrame(rows, columns=columns)
+    _name_baselines(episodes, analyses)
     _adopt_seeds(analyses, episodes)
     _refuse_repeats(episodes, identity, "episode")
     _refuse_repeats(analyses, ["benchmark", "arm", "train_seed", "metric"], "analysis")
@@ -196,6 +197,7 @@ def _load_run(folder: Path) -> pd.DataFrame:
     return rows.assign(
         conditions=json.dumps(conditions, sort_keys=True),
         arm=str(arm),
+        baseline=header.get("baseline"),
         train_seed=_seed(header),
         missing=missing,
         folder=str(folder),
@@ -211,6 +213,7 @@ def _load_analysis(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
         if not isinstance(content[key], dict) or (lacking := {"value", "low", "high", "n"} - content[key].keys()):
             raise UserError(f"{path} lacks value, low, high or n of {key!r}: run that evaluation again")
         row = {"benchmark": content["benchmark"], "arm": content["arm"], "train_seed": _seed(content)}
+        row |= {"baseline": content.get("baseline")}
         row |= {"metric": "probe" if key == "mae_mm" else key, "folder": str(path.parent)}
         rows.append(row | {name: content[key][name] for name in ("value", "low", "high", "n")})
     return rows
@@ -229,6 +232,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _seed(header: dict[str, Any]) -> str:
     seed = header.get("train_seed")
     return NONE if seed is None else str(seed)
+
+
+def _name_baselines(episodes: pd.DataFrame, analyses: pd.DataFrame) -> None:
+    """Where the results are of several baselines, an arm is called by both names: "flower ptr"."""
+    frames = [frame for frame in (episodes, analyses) if len(frame)]
+    if len({name for frame in frames for name in frame.baseline.dropna()}) > 1:
+        for frame in frames:
+            named = frame.baseline.notna()
+            frame.loc[named, "arm"] = frame.baseline[named] + " " + frame.arm[named]
 
 
 def _adopt_seeds(analyses: pd.DataFrame, episodes: pd.DataFrame) -> None:
