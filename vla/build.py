@@ -14,13 +14,13 @@ from vla.policy import Policy
 from vla.policy_configs import POLICIES
 
 BASELINES = tuple(POLICIES)
-CLASSES = {"vlm4vla": "VLM4VLA", "pi0": "Pi0", "openvla": "OpenVLA", "spatialvla": "SpatialVLA", "flower": "Flower"}
 
 
 def policy_class(name: str) -> type[Policy]:
-    if name not in CLASSES:
+    """vla.baselines.<name>, named as its schema without "Config"."""
+    if name not in POLICIES:
         raise UserError(f"baseline {name!r} is not known; choose one of {', '.join(BASELINES)}")
-    return getattr(import_module(f"vla.baselines.{name}"), CLASSES[name])
+    return getattr(import_module(f"vla.baselines.{name}"), POLICIES[name].__name__.removesuffix("Config"))
 
 
 def build_policy(name: str, statistics: ActionStatistics, normalization: str, arguments: dict[str, Any]) -> Policy:

@@ -124,7 +124,7 @@ def _read_config(path: Path) -> dict:
 def _read_tokenizer(path: Path):
     if not (path / "tokenizer").is_dir():
         raise UserError(f"{path} has no tokenizer/; export the policy again")
-    return AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True)
+    return AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True, trust_remote_code=False)
 
 
 def checkpoint_hash(path: Path) -> str:

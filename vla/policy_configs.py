@@ -31,37 +31,22 @@ class VLM4VLAConfig:
 
 
 @dataclass(frozen=True)
-class Pi0Config:
-    """Fact sheet §7; the constructor of vla/baselines/pi0.py explains each."""
+class FlowerConfig:
+    """Fact sheet §4; the constructor of vla/baselines/flower.py explains each."""
 
-    name: str = "pi0"
+    name: str = "flower"
     pretrained: str | None = None
     vision_config: dict[str, Any] = field(default_factory=dict)
     text_config: dict[str, Any] = field(default_factory=dict)
-    expert_config: dict[str, Any] = field(default_factory=dict)
-    image_size: int = 224
-    state_dim: int = 32
-    action_dim: int = 32
-    flow_steps: int = 10
-    max_text_tokens: int = 48
-    gripper: list[float] = field(default_factory=lambda: [0.5, 0.5])
-    attention: str = "sdpa"
-
-
-@dataclass(frozen=True)
-class OpenVLAConfig:
-    """Fact sheet §6; the constructor of vla/baselines/openvla.py explains each."""
-
-    name: str = "openvla"
-    pretrained: str | None = None
-    dino_config: dict[str, Any] = field(default_factory=dict)
-    siglip_config: dict[str, Any] = field(default_factory=dict)
-    text_config: dict[str, Any] = field(default_factory=dict)
+    dit_config: dict[str, Any] = field(default_factory=dict)
     image_size: int = 224
     prompt: str = MISSING
-    space_id: int | None = None
-    bins_end: int | None = None
-    center_crop: bool = False
+    max_text_tokens: int = 77
+    flow_steps: int = 4
+    times: str = "stratified"
+    draws: int = 1
+    token_dropout: float = 0.1
+    attend_padding: bool = True
     attention: str = "sdpa"
 
 
@@ -86,30 +71,45 @@ class SpatialVLAConfig:
 
 
 @dataclass(frozen=True)
-class FlowerConfig:
-    """Fact sheet §4; the constructor of vla/baselines/flower.py explains each."""
+class OpenVLAConfig:
+    """Fact sheet §6; the constructor of vla/baselines/openvla.py explains each."""
 
-    name: str = "flower"
+    name: str = "openvla"
+    pretrained: str | None = None
+    dino_config: dict[str, Any] = field(default_factory=dict)
+    siglip_config: dict[str, Any] = field(default_factory=dict)
+    text_config: dict[str, Any] = field(default_factory=dict)
+    image_size: int = 224
+    prompt: str = MISSING
+    space_id: int | None = None
+    bins_end: int | None = None
+    center_crop: bool = False
+    attention: str = "sdpa"
+
+
+@dataclass(frozen=True)
+class Pi0Config:
+    """Fact sheet §7; the constructor of vla/baselines/pi0.py explains each."""
+
+    name: str = "pi0"
     pretrained: str | None = None
     vision_config: dict[str, Any] = field(default_factory=dict)
     text_config: dict[str, Any] = field(default_factory=dict)
-    dit_config: dict[str, Any] = field(default_factory=dict)
+    expert_config: dict[str, Any] = field(default_factory=dict)
     image_size: int = 224
-    prompt: str = MISSING
-    max_text_tokens: int = 77
-    flow_steps: int = 4
-    times: str = "stratified"
-    draws: int = 1
-    token_dropout: float = 0.1
-    attend_padding: bool = True
+    state_dim: int = 32
+    action_dim: int = 32
+    flow_steps: int = 10
+    max_text_tokens: int = 48
+    gripper: list[float] = field(default_factory=lambda: [0.5, 0.5])
     attention: str = "sdpa"
 
 
 POLICIES = {
     "vlm4vla": VLM4VLAConfig,
-    "pi0": Pi0Config,
-    "openvla": OpenVLAConfig,
-    "spatialvla": SpatialVLAConfig,
     "flower": FlowerConfig,
+    "spatialvla": SpatialVLAConfig,
+    "openvla": OpenVLAConfig,
+    "pi0": Pi0Config,
 }
-"""Baseline -> schema; the only list of the baselines' names."""
+"""Baseline -> schema; the only list of the baselines' names. `FlowerConfig` is the schema of class `Flower`."""

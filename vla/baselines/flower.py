@@ -226,7 +226,7 @@ def load_florence(pretrained: str, attention: str) -> tuple[Florence2Model, PreT
         florence, info = Florence2ForConditionalGeneration.from_pretrained(
             pretrained, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(pretrained)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"policy.pretrained={pretrained} cannot be loaded: {error}") from error
     if info["missing_keys"]:

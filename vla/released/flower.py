@@ -21,7 +21,18 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from vla.errors import UserError
-from vla.released.source import PICKLED, Converted, drop, flatten, read_pickle, read_tensors, rename, take, weight_files
+from vla.released.source import (
+    PICKLED,
+    Converted,
+    drop,
+    flatten,
+    no_statistics,
+    read_pickle,
+    read_tensors,
+    rename,
+    take,
+    weight_files,
+)
 
 SPACE = "eef_delta"
 """FLOWER's action space of end-effector deltas and a gripper, the one of CALVIN and LIBERO."""
@@ -74,7 +85,7 @@ def convert(path: Path, arguments: dict, dataset: str | None) -> Converted:
         raise UserError(f"base={base} gives no tokenizer of Florence-2: {error}") from error
     notes = [note, "<Flow> is the last row of the token embeddings", "actions are not normalised"]
     found = {"pretrained": None, **dimensions(weights, arguments)}
-    return Converted(found, weights, _no_statistics(), "none", tokenizer, notes)
+    return Converted(found, weights, no_statistics(), "none", tokenizer, notes)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -158,8 +169,3 @@ def dimensions(weights: dict[str, Tensor], arguments: dict) -> dict[str, Any]:
         "text_config": (arguments.get("text_config") or {}) | text,
         "dit_config": (arguments.get("dit_config") or {}) | dit,
     }
-
-
-def _no_statistics() -> dict[str, Any]:
-    zeros, ones = [0.0] * 7, [1.0] * 7
-    return dict(q01=[-1.0] * 7, q99=ones, mean=zeros, std=ones, min=[-1.0] * 7, max=ones, count=0)

@@ -27,7 +27,9 @@ from vla.errors import UserError
 from vla.released.source import (
     Converted,
     choose_dataset,
+    count_layers,
     drop,
+    no_statistics,
     read_json,
     read_tensors,
     rename,
@@ -77,7 +79,7 @@ def convert(path: Path, arguments: dict, dataset: str | None) -> Converted:
     norm_stats = read_json(file) if file.exists() else read_json(folder / "config.json").get("norm_stats") or {}
     if not norm_stats and dataset is None:
         note = "no action statistics: only to start training from (init_from), which takes those of its data"
-        return Converted(found, weights, _no_statistics(), "q99", tokenizer, [note])
+        return Converted(found, weights, no_statistics(), "q99", tokenizer, [note])
     name, entry = choose_dataset(norm_stats, dataset)
     note = f"action statistics of {name}"
     return Converted(found, weights, rlds_statistics(entry), "q99", tokenizer, [note])
@@ -142,12 +144,13 @@ def dimensions(tensors: dict[str, Tensor], arguments: dict) -> dict[str, Any]:
     for name in ("dino", "siglip"):
         width, _, patch, _ = take(tensors, f"{name}.patch_embed.proj.weight", (None, 3, None, None)).shape
         inner = take(tensors, f"{name}.blocks.0.mlp.fc1.weight", (None, width)).shape[0]
-        shapes[name] = dict(hidden_size=width, num_hidden_layers=_depth(tensors, f"{name}.blocks."), patch_size=patch)
+        layers = count_layers(tensors, f"{name}.blocks.")
+        shapes[name] = dict(hidden_size=width, num_hidden_layers=layers, patch_size=patch)
         shapes[name] |= dict(mlp_ratio=inner // width) if name == "dino" else dict(intermediate_size=inner)
     registers = take(tensors, "dino.reg_token", (1, None, None)).shape[1]
     vocabulary, hidden = take(tensors, "language_model.model.embed_tokens.weight", (None, None)).shape
     inner = take(tensors, "language_model.model.layers.0.mlp.gate_proj.weight", (None, hidden)).shape[0]
-    depth = _depth(tensors, "language_model.model.layers.")
+    depth = count_layers(tensors, "language_model.model.layers.")
     text = dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=depth)
     return {
         "pretrained": None,
@@ -160,7 +163,7 @@ def dimensions(tensors: dict[str, Tensor], arguments: dict) -> dict[str, Any]:
 
 def convert_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """timm's names of the towers (under dino. and siglip.) to transformers', without what the model does not use."""
-    last = [rf"^{name}\.blocks\.{_depth(tensors, f'{name}.blocks.') - 1}\." for name in ("dino", "siglip")]
+    last = [rf"^{name}\.blocks\.{count_layers(tensors, f'{name}.blocks.') - 1}\." for name in ("dino", "siglip")]
     split = {}
     for key, tensor in drop(tensors, [*last, *UNNEEDED]).items():
         if ".attn.qkv." in key:
@@ -191,17 +194,8 @@ def load_tokenizer(folder: Path, base: str | None) -> Any:
     return tokenizer
 
 
-def _depth(tensors: dict[str, Tensor], prefix: str) -> int:
-    return 1 + max((int(key[len(prefix) :].split(".")[0]) for key in tensors if key.startswith(prefix)), default=-1)
-
-
 def _grid(tensors: dict[str, Tensor], name: str) -> int:
     patches = take(tensors, f"{name}.pos_embed", (1, None, None)).shape[1]
     if math.isqrt(patches) ** 2 != patches:
         raise UserError(f"the checkpoint's {name}.pos_embed has {patches} rows, which is no square")
     return math.isqrt(patches)
-
-
-def _no_statistics() -> dict:
-    zeros, ones = [0.0] * 7, [1.0] * 7
-    return dict(q01=[-1.0] * 7, q99=ones, mean=zeros, std=ones, min=[-1.0] * 7, max=ones, count=0)

@@ -19,7 +19,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vla.errors import UserError
 from vla.policy import GRIPPER
-from vla.released.source import Converted, choose_dataset, drop, read_json, read_tensors, rename, take
+from vla.released.source import (
+    Converted,
+    choose_dataset,
+    count_layers,
+    drop,
+    no_statistics,
+    read_json,
+    read_tensors,
+    rename,
+    take,
+)
 
 PALIGEMMA = r"^(?:model\.)?paligemma_with_expert\.paligemma\.(?:model\.)?"
 VLM, EXPERT, EMBED = "pi0.model.vlm.", "pi0.model.dit.", "pi0.embed_action_time."
@@ -63,7 +73,7 @@ def convert(path: Path, arguments: dict, dataset: str | None) -> Converted:
         converted["cameras"] = cameras
     scheme, entries = statistics_of(folder, config)
     if dataset == "none" or not entries:
-        statistics = unknown_statistics()
+        statistics = no_statistics()
         notes.append("no action statistics taken: a policy to start from (init_from=), not one to roll out")
     else:
         name, entry = choose_dataset(entries, dataset)
@@ -86,9 +96,6 @@ def dimensions(weights: dict[str, Tensor]) -> dict:
     def shape(key: str, dims: int = 2) -> tuple[int, ...]:
         return tuple(take(weights, key, (None,) * dims).shape)
 
-    def depth(prefix: str) -> int:
-        return 1 + max((int(key[len(prefix) :].split(".")[0]) for key in weights if key.startswith(prefix)), default=-1)
-
     tower, text, expert = VLM + "vision_tower.", VLM + "language_model.", EXPERT
     vocabulary, width = shape(text + "embed_tokens.weight")
     head_dim = shape(text + "layers.0.self_attn.k_proj.weight")[0]
@@ -99,7 +106,7 @@ def dimensions(weights: dict[str, Tensor]) -> dict:
         "vision_config": {
             "hidden_size": vision_width,
             "intermediate_size": shape(tower + "encoder.layers.0.mlp.fc1.weight")[0],
-            "num_hidden_layers": depth(tower + "encoder.layers."),
+            "num_hidden_layers": count_layers(weights, tower + "encoder.layers."),
             "num_attention_heads": VISION_HEADS,
             "patch_size": patch,
         },
@@ -107,7 +114,7 @@ def dimensions(weights: dict[str, Tensor]) -> dict:
             "vocab_size": vocabulary,
             "hidden_size": width,
             "intermediate_size": shape(text + "layers.0.mlp.gate_proj.weight")[0],
-            "num_hidden_layers": depth(text + "layers."),
+            "num_hidden_layers": count_layers(weights, text + "layers."),
             "num_attention_heads": shape(text + "layers.0.self_attn.q_proj.weight")[0] // head_dim,
             "num_key_value_heads": 1,
             "head_dim": head_dim,
@@ -181,11 +188,6 @@ def complete(entry: dict | None, name: str) -> dict[str, list[float]]:
     if missing := [key for key in names if key not in given]:
         raise UserError(f"statistics of {name} lack {', '.join(missing)}; dataset=none converts without them")
     return {key: list(given[key]) for key in names}
-
-
-def unknown_statistics() -> dict:
-    zeros, ones = [0.0] * 7, [1.0] * 7
-    return dict(q01=[-1.0] * 7, q99=ones, mean=zeros, std=ones, min=[-1.0] * 7, max=ones, count=0)
 
 
 def tokenizer_of(folder: Path, arguments: dict) -> PreTrainedTokenizerBase:

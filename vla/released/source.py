@@ -247,3 +247,14 @@ def rlds_statistics(entry: dict) -> dict[str, Any]:
     proprio = entry.get("proprio", {})
     state = {name: list(proprio[name]) for name in names} if set(names) <= set(proprio) else None
     return {name: list(action[name]) for name in names} | {"count": entry.get("num_transitions", 0), "state": state}
+
+
+def count_layers(tensors: dict[str, Tensor], prefix: str) -> int:
+    """The number of layers whose weights are called `prefix` + number + "."; 0 where there is none."""
+    return 1 + max((int(key[len(prefix) :].split(".")[0]) for key in tensors if key.startswith(prefix)), default=-1)
+
+
+def no_statistics() -> dict[str, Any]:
+    """Statistics of a checkpoint that carries none: the unit range, and a count of 0 that says nothing was measured."""
+    zeros, ones = [0.0] * 7, [1.0] * 7
+    return dict(q01=[-1.0] * 7, q99=ones, mean=zeros, std=ones, min=[-1.0] * 7, max=ones, count=0)

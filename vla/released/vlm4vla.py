@@ -17,6 +17,7 @@ from vla.released.source import (
     Converted,
     choose_dataset,
     drop,
+    no_statistics,
     read_json,
     read_tensors,
     rename,
@@ -58,7 +59,7 @@ def convert(path: Path, arguments: dict, dataset: str | None) -> Converted:
     }
     file = folder / "dataset_statistics.json"
     if not file.exists():
-        return Converted(converted, weights, _no_statistics(), "clip065", tokenizer, ["no statistics: CALVIN's ±0.65"])
+        return Converted(converted, weights, no_statistics(), "clip065", tokenizer, ["no statistics: CALVIN's ±0.65"])
     name, entry = choose_dataset(read_json(file), dataset)
     notes = [f"action statistics of {name}"]
     return Converted(converted, weights, rlds_statistics(entry), "q99_clip065", tokenizer, notes)
@@ -68,8 +69,3 @@ def convert_weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The checkpoint's tensors in this project's names."""
     weights = drop(rename(tensors, RULES), UNNEEDED)
     return weights | {"query": take(weights, "query").flatten()}
-
-
-def _no_statistics() -> dict:
-    zeros, ones = [0.0] * 7, [1.0] * 7
-    return dict(q01=[-1.0] * 7, q99=ones, mean=zeros, std=ones, min=[-1.0] * 7, max=ones, count=0)
