@@ -62,7 +62,7 @@ class PolicyServer(PredictModelServer):
         super().__init__(max_batch_size=1 if exact else max_batch)
         self.policy = policy
         self.ensemble = ensemble
-        self._ensemblers: dict[str, TemporalEnsembler] = {}
+        self._ensemblers: dict[str, tuple[str, TemporalEnsembler]] = {}
         self.execute_steps = execute_steps
         self.error: Exception | None = None
 
@@ -88,11 +88,16 @@ class PolicyServer(PredictModelServer):
             raise
         if self.ensemble is None:
             return [{"actions": chunk[: self.execute_steps]} for chunk in actions]
-        for ctx in ctx_batch:
-            if ctx.is_first or ctx.session_id not in self._ensemblers:
-                self._ensemblers[ctx.session_id] = TemporalEnsembler(self.policy.chunk, self.ensemble)
-        executed = [self._ensemblers[ctx.session_id](c) for ctx, c in zip(ctx_batch, actions, strict=True)]
+        executed = [self._ensembler(o, c)(a) for o, c, a in zip(obs_batch, ctx_batch, actions, strict=True)]
         return [{"actions": action[None]} for action in executed]
+
+    def _ensembler(self, observation: dict[str, Any], ctx: SessionContext) -> TemporalEnsembler:
+        """The session's; a new one with every episode, and in a chain with every instruction."""
+        told, ensembler = self._ensemblers.get(ctx.session_id, (None, None))
+        if ctx.is_first or told != observation["task_description"]:
+            ensembler = TemporalEnsembler(self.policy.chunk, self.ensemble)
+            self._ensemblers[ctx.session_id] = (observation["task_description"], ensembler)
+        return ensembler
 
     def get_action_spec(self) -> dict[str, DimSpec]:
         return ACTION_SPEC

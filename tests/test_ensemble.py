@@ -86,9 +86,11 @@ class Scripted:
         return self.episodes[session, episode, step]
 
 
-def ask(server: PolicyServer, contexts: list[SessionContext], rows: list[tuple[int, int, int]]) -> list[np.ndarray]:
+def ask(
+    server: PolicyServer, contexts: list[SessionContext], rows: list[tuple[int, int, int]], told: str = ""
+) -> list[np.ndarray]:
     blank = {"static": np.zeros((4, 4, 3), np.uint8)}
-    observations = [{"images": blank, "state": np.array(row, np.float32), "task_description": ""} for row in rows]
+    observations = [{"images": blank, "state": np.array(row, np.float32), "task_description": told} for row in rows]
     replies = server.predict_batch(observations, contexts)
     for context in contexts:
         context._increment_step()
@@ -113,6 +115,18 @@ def test_the_server_ensembles_every_session_on_its_own(together):
         for action, (session, episode, now) in zip(got, rows, strict=True):
             assert action.shape == (1, 7)
             np.testing.assert_allclose(action[0], reference(episodes[session, episode], now, TEMPERATURE), atol=1e-6)
+
+
+def test_another_instruction_in_a_chain_starts_the_mean_anew():
+    """Chunks predicted for the task before say nothing about this one."""
+    episode = chunks(10)
+    server = PolicyServer(Scripted(episode[None, None]), execute_steps=1, ensemble=TEMPERATURE)
+    context = SessionContext("a", "a0")
+    for step in range(10):
+        told = "open the drawer" if step < 6 else "close the drawer"
+        (action,) = ask(server, [context], [(0, 0, step)], told)
+        since = episode if step < 6 else episode[6:]
+        np.testing.assert_allclose(action[0], reference(since, step if step < 6 else step - 6, TEMPERATURE), atol=1e-6)
 
 
 def test_without_ensembling_the_server_answers_with_the_chunk():
