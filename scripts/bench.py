@@ -1,6 +1,7 @@
 """Measure speed, each figure beside the plain way of doing the same thing on the same machine in the same run.
 
-python scripts/bench.py rollout            environment steps/s: rendering every step, one in 4, one in 8, never
+python scripts/bench.py rollout            environment steps/s: rendering every step, once a chunk, never
+                                           (--family calvin: CALVIN's chains)
 python scripts/bench.py loader             samples/s: frame store, and CALVIN's files read directly
 python scripts/bench.py latency            ms per action chunk of every baseline and size, on the device at hand
 python scripts/bench.py latency --baseline flower pi0 --size tiny --json latency.json
@@ -26,7 +27,7 @@ def main() -> None:
     if options.command == "rollout":
         os.environ.update(LP_NUM_THREADS="1", OMP_NUM_THREADS="1")
     try:
-        table, result = globals()[options.command](options)
+        table, result = options.measure(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -43,8 +44,9 @@ def arguments() -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("rollout", help="environment steps/s with render on demand")
-    one.add_argument("--suite", default="libero_goal")
-    one.add_argument("--task", type=int, default=8)
+    one.add_argument("--family", choices=["libero", "calvin"], default="libero")
+    one.add_argument("--suite", default="libero_goal", help="of LIBERO")
+    one.add_argument("--task", type=int, default=8, help="of LIBERO")
     one.add_argument("--steps", type=int, default=48, help="control steps per measurement")
     one.add_argument("--rounds", type=int, default=5, help="interleaved measurements of each mode")
     two = commands.add_parser("latency", help="ms per action chunk of every baseline and size")
@@ -58,7 +60,8 @@ def arguments() -> argparse.Namespace:
     three.add_argument("--data", type=Path, help="a CALVIN split (default: made-up frames of the same size)")
     three.add_argument("--batches", type=int, default=8, help="of 32 samples, per measurement")
     three.add_argument("--rounds", type=int, default=5, help="interleaved measurements of each way")
-    for command in (one, two, three):
+    for command, measure in ((one, rollout), (two, latency), (three, loader)):
+        command.set_defaults(measure=measure)
         command.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
 
@@ -66,7 +69,7 @@ def arguments() -> argparse.Namespace:
 def rollout(options: argparse.Namespace):
     from vla.bench.rollout import measure, show
 
-    result = measure(options.suite, options.task, options.steps, options.rounds)
+    result = measure(options.family, options.suite, options.task, options.steps, options.rounds)
     return show(result), result
 
 

@@ -1,4 +1,4 @@
-"""Environment steps/s with render on demand against rendering every step, on the real simulator."""
+"""Environment steps/s and episodes/h with render on demand against rendering every step, on the real simulator."""
 
 from __future__ import annotations
 
@@ -11,51 +11,76 @@ import numpy as np
 from rich.progress import track
 from rich.table import Table
 
-from envs.libero import LiberoEnv
+from envs.base import Environment
 
-CHUNKS = {"every step": 1, "chunk 4": 4, "chunk 8": 8}
-TARGETS = {"chunk 4": 2.8, "chunk 8": 4.0}
+CHUNKS = {"libero": (1, 4, 8), "calvin": (1, 10)}
+TARGETS = {("libero", 4): 2.8, ("libero", 8): 4.0, ("calvin", 10): 6.0}
+"""(benchmark family, chunk) -> times the environment steps/s of rendering every step."""
 
 
-def measure(suite: str, task: int, steps: int, rounds: int) -> dict:
-    """Steps/s of one environment under random actions, the modes interleaved so that noise hits all alike.
+LABELS = {1: "every step", 0: "no rendering"}
 
-    Also replays the same actions in every mode and reports whether the simulator's states came out bit-identical.
+
+def environment(family: str, suite: str, task: int) -> Environment:
+    """One LIBERO task with its static camera, or CALVIN's chains in D with both cameras."""
+    if family == "calvin":
+        from envs.calvin import CalvinChains
+        from envs.calvin_sim import resolve_renderer
+
+        return CalvinChains("D", renderer=resolve_renderer("auto"))
+    from envs.libero import LiberoEnv
+
+    return LiberoEnv(suite, task)
+
+
+def measure(family: str, suite: str, task: int, steps: int, rounds: int) -> dict:
+    """Speed of one environment under random actions, the modes interleaved so that noise hits all alike.
+
+    The same actions run in every mode; reported is whether the simulator's states came out bit-identical. An episode
+    is a reset and `steps` steps.
     """
-    env = LiberoEnv(suite, task)
+    env = environment(family, suite, task)
     rng = np.random.default_rng(0)
     actions = np.concatenate([rng.uniform(-0.5, 0.5, (steps, 6)), np.ones((steps, 1))], axis=1)
-    modes = CHUNKS | {"no rendering": 0}
-    seconds: dict[str, list[float]] = {mode: [] for mode in modes}
-    states: dict[str, np.ndarray] = {}
+    modes = (*CHUNKS[family], 0)
+    seconds: dict[int, list[float]] = {chunk: [] for chunk in modes}
+    episodes: dict[int, list[float]] = {chunk: [] for chunk in modes}
+    states: dict[int, np.ndarray] = {}
     for _ in track(range(rounds), description="measuring", transient=True):
-        for mode, chunk in modes.items():
+        for chunk in modes:
+            begin = time.perf_counter()
             env.reset(seed=0)
             trace = []
             start = time.perf_counter()
             for index, action in enumerate(actions):
-                env.step(action, render=chunk > 0 and (index + 1) % chunk == 0)
+                render = chunk > 0 and (index + 1) % chunk == 0
+                env.step(action, render=render)
+                if render:
+                    env.observe()
                 trace.append(env.sim_state())
-            seconds[mode].append(time.perf_counter() - start)
-            states[mode] = np.stack(trace)
+            end = time.perf_counter()
+            seconds[chunk].append(end - start)
+            episodes[chunk].append(end - begin)
+            states[chunk] = np.stack(trace)
     env.close()
-    every = statistics.median(seconds["every step"])
+    every, episode = statistics.median(seconds[1]), statistics.median(episodes[1])
     rows = {
-        mode: {
+        LABELS.get(chunk, f"chunk {chunk}"): {
             "steps_per_s": steps / statistics.median(times),
             "slowest": steps / max(times),
             "fastest": steps / min(times),
             "times_every_step": every / statistics.median(times),
-            "target": TARGETS.get(mode),
-            "states_identical": bool(np.array_equal(states[mode], states["every step"])),
+            "episodes_per_hour": 3600 / statistics.median(episodes[chunk]),
+            "episodes_times": episode / statistics.median(episodes[chunk]),
+            "target": TARGETS.get((family, chunk)),
+            "states_identical": bool(np.array_equal(states[chunk], states[1])),
         }
-        for mode, times in seconds.items()
+        for chunk, times in seconds.items()
     }
     device = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {env.versions()['renderer']}"
     return {
         "bench": "rollout",
-        "suite": suite,
-        "task": task,
+        "what": "calvin D, two cameras" if family == "calvin" else f"{suite} {task}, one camera 128 × 128",
         "steps": steps,
         "rounds": rounds,
         "device": device,
@@ -64,8 +89,7 @@ def measure(suite: str, task: int, steps: int, rounds: int) -> dict:
 
 
 def show(result: dict) -> Table:
-    size = f"one camera 128 × 128, {result['rounds']} × {result['steps']} steps"
-    title = f"{result['suite']} {result['task']}, {size}; {result['device']}"
+    title = f"{result['what']}, {result['rounds']} × {result['steps']} steps; {result['device']}"
     table = Table(title=title, title_justify="left")
     for column in (
         "frames rendered",
@@ -73,6 +97,8 @@ def show(result: dict) -> Table:
         "range",
         "× every step",
         "target",
+        "episodes/h",
+        "×",
         "states bit-identical",
     ):
         table.add_column(column, justify="left" if column == "frames rendered" else "right")
@@ -84,6 +110,8 @@ def show(result: dict) -> Table:
             f"{row['slowest']:.1f}–{row['fastest']:.1f}",
             f"{row['times_every_step']:.2f}",
             target,
+            f"{row['episodes_per_hour']:.0f}",
+            f"{row['episodes_times']:.2f}",
             "yes" if row["states_identical"] else "NO",
         )
     return table
