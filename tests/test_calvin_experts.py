@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ from envs.calvin_sim import CalvinSim
 from envs.calvin_table import Table
 from vla.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 missing = [name for name in ("calvin_env", "pybullet") if importlib.util.find_spec(name) is None]
 pytestmark = [
     pytest.mark.sim,
@@ -153,3 +159,32 @@ def test_first_hundred_chains(sim):
             count += 1
         done.append(count)
     assert np.mean(done) >= 4.6
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_chains_are_those_of_an_undisturbed_run(tmp_path):
+    """`evaluate.py policy=expert`: two workers without disturbance; two workers, kill -9 in the middle, then one."""
+    sequences()  # made once, outside the runs
+
+    def command(root: str, workers: int) -> list[str]:
+        words = "policy=expert benchmark=calvin_abc_d benchmark.renderer=tiny episodes=10"
+        where = (f"results_root={tmp_path / root}", f"evaluation.workers={workers}")
+        return [sys.executable, "evaluate.py", *words.split(), *where]
+
+    def rows(root: str) -> list[dict]:
+        files = list((tmp_path / root).rglob("episodes.jsonl"))
+        lines = files[0].read_text().split("\n")[:-1] if files else []
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+    subprocess.run(command("whole", 2), check=True, cwd=ROOT)
+    killed = subprocess.Popen(command("killed", 2), cwd=ROOT)
+    deadline = time.monotonic() + 300
+    while len(rows("killed")) < 3 and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    before = rows("killed")
+    assert 3 <= len(before) < 10, "killed in the middle"
+    subprocess.run(command("killed", 1), check=True, cwd=ROOT)
+    assert rows("killed") == rows("whole") and len(rows("whole")) == 10
+    assert sum(row["success"] for row in rows("whole")) >= 6
