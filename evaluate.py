@@ -17,6 +17,7 @@ from pathlib import Path
 from vla.cli import main
 from vla.config import EvaluateConfig
 from vla.errors import UserError
+from vla.experiment import RUN, policy_of_run
 
 REPLAY, EXPERT = "replay:", "expert"
 
@@ -118,8 +119,9 @@ def load(cfg: EvaluateConfig, tap: str | None = None):
         return policy, {"arm": "replay", "train_seed": None, "image_rotation": cfg.data.image_rotation}, policy.hash()
     from vla.checkpoint import checkpoint_hash, load_policy
 
-    policy, config = load_policy(Path(cfg.policy), cfg.device, tap)
-    return policy, config["about"] | {"baseline": config["baseline"]}, checkpoint_hash(Path(cfg.policy))
+    path = policy_of_run(cfg.policy) if cfg.policy.startswith(RUN) else Path(cfg.policy)
+    policy, config = load_policy(path, cfg.device, tap)
+    return policy, config["about"] | {"baseline": config["baseline"]}, checkpoint_hash(path)
 
 
 def execution(cfg: EvaluateConfig, policy) -> tuple[float | None, int]:

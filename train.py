@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.source import open_source, require_source
 from vla.cli import main
-from vla.config import TrainConfig, run_hash
+from vla.config import TrainConfig, run_dir
 from vla.errors import UserError
 
 
@@ -60,12 +60,6 @@ def train(cfg: TrainConfig) -> Path:
     batches = StatelessBatches(len(dataset), size, cfg.seed, first_step, trainer.global_rank, trainer.world_size)
     loader = training_loader(dataset, batches, cfg.trainer.num_workers, pin=cfg.trainer.accelerator == "gpu")
     return fit(cfg, run, trainer, module, loader, checkpoint, arguments, store)
-
-
-def run_dir(cfg: TrainConfig) -> Path:
-    """runs/<what it is>-<hash>: the same for every launch of the same configuration."""
-    name = f"{cfg.policy.name}-{cfg.size}-{cfg.arm}-{cfg.benchmark.name}-s{cfg.seed}-{run_hash(cfg)}"
-    return Path(cfg.run_root) / name
 
 
 def newest_checkpoint(cfg: TrainConfig, run: Path) -> Path | None:

@@ -10,6 +10,7 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from vla.cli import CONF, choices, compose_config
 from vla.config import run_hash
@@ -43,7 +44,19 @@ def test_baseline_by_size_by_ablation(combination):
     baseline, size, ablation = combination
     cfg = compose_config("train", f"baseline={baseline}", f"size={size}", f"ablation={ablation}")
     assert (cfg.policy.name, cfg.size, cfg.arm) == combination
-    assert cfg.inverse_dynamics.enabled == (ablation != "vanilla")
+    assert cfg.inverse_dynamics.enabled == (ablation in ("aux", "ptr")) and cfg.untouched == (ablation == "untouched")
+
+
+@pytest.mark.parametrize("choice", choices("recipe"))
+def test_recipe_is_taken_between_benchmark_and_backbone(choice):
+    """Each is named after a baseline and a benchmark, and changes what the two say, at the paper's size."""
+    baseline, benchmark = choice.split("_", 1)
+    assert baseline in choices("baseline") and benchmark in choices("benchmark")
+    recipe = OmegaConf.load(CONF / "recipe" / f"{choice}.yaml")
+    cfg = compose_config("train", f"baseline={baseline}", f"benchmark={benchmark}", "size=full")
+    plain = compose_config("train", f"baseline={baseline}", "benchmark=libero_goal", "size=full")
+    for key, value in recipe.items():
+        assert getattr(cfg, key) == value != getattr(plain, key)
 
 
 @pytest.mark.parametrize("choice", choices("evaluation"))
@@ -59,7 +72,7 @@ def test_scripts_compose(name):
 
 
 def test_every_yaml_belongs_to_a_tested_group():
-    tested = {*GROUPS, "evaluation", "backbone", "experiment"}
+    tested = {*GROUPS, "evaluation", "backbone", "experiment", "recipe"}
     assert {path.parent.name for path in CONF.rglob("*.yaml")} - {"conf"} <= tested
 
 

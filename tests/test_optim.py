@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from tests.conftest import train_config
-from train import run_dir, train
+from train import train
 from vla.cli import compose_config
-from vla.config import OptimConfig
+from vla.config import OptimConfig, run_dir
 from vla.errors import UserError
 from vla.optim import cosine_floor, ema_decay, make_optimizer, make_schedule, tristage, weight_average
 

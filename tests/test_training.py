@@ -17,9 +17,10 @@ import torch
 from data.frame_store import FrameStore
 from data.store_writer import write_store
 from tests.conftest import make_episodes, train_config
-from train import run_dir, train
+from train import train
 from vla.checkpoint import checkpoint_hash, load_policy
 from vla.cli import CONF
+from vla.config import run_dir
 from vla.errors import UserError
 from vla.training import initial, policy_arguments
 

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vla.config import register, typed
 from vla.errors import UserError
+from vla.experiment import expand
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -47,6 +48,7 @@ def main(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
                     return run(typed(cfg))
 
             with one_line(name):
+                sys.argv[1:] = expand(name, sys.argv[1:], CONF)
                 compose_and_run()
 
         return entry

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import FrozenInstanceError, asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -148,6 +149,7 @@ class TrainConfig:
     cameras: list[str] = MISSING
     normalization: str = MISSING
     init_from: str | None = None
+    untouched: bool = False
     batch_size: int = MISSING
     max_steps: int = MISSING
     time_limit_minutes: float | None = None
@@ -261,6 +263,7 @@ def typed(cfg: DictConfig) -> Any:
 # What may change between two launches of one run without making it another run.
 _NOT_IDENTITY = ("resume", "run_root", "logger", "time_limit_minutes")
 _NOT_IDENTITY_OF_DATA = ("workers",)
+_IDENTITY_OF_BENCHMARK = ("name", "family", "suite", "tasks", "cameras", "resolution")  # the rest is about rollouts
 _NOT_IDENTITY_OF_TRAINER = ("num_workers", "checkpoint_every", "keep_checkpoints", "log_every")
 
 
@@ -268,5 +271,12 @@ def run_hash(cfg: TrainConfig) -> str:
     """Eight hex digits that are a function of the resolved configuration alone, never of the clock or the machine."""
     identity = {k: v for k, v in asdict(cfg).items() if k not in _NOT_IDENTITY}
     identity["data"] = {k: v for k, v in identity["data"].items() if k not in _NOT_IDENTITY_OF_DATA}
+    identity["benchmark"] = {k: v for k, v in identity["benchmark"].items() if k in _IDENTITY_OF_BENCHMARK}
     identity["trainer"] = {k: v for k, v in identity["trainer"].items() if k not in _NOT_IDENTITY_OF_TRAINER}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_dir(cfg: TrainConfig) -> Path:
+    """runs/<what it is>-<hash>: the same for every launch of the same configuration."""
+    name = f"{cfg.policy.name}-{cfg.size}-{cfg.arm}-{cfg.benchmark.name}-s{cfg.seed}-{run_hash(cfg)}"
+    return Path(cfg.run_root) / name

@@ -129,7 +129,8 @@ def fit(
     store: FrameStore,
 ) -> Path:
     started = time.monotonic()
-    trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+    if not cfg.untouched:
+        trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     if trainer.interrupted:
         raise KeyboardInterrupt
     about = dict(

@@ -1,0 +1,135 @@
+"""A paper's table as a file of sweep parameters: conf/experiment/<name>.yaml, read by both entry points.
+
+    python train.py -m experiment=idl_table1 size=tiny         # every run of the table, at another size
+    python evaluate.py -m experiment=idl_table1 size=tiny      # the policies of those runs, evaluated as the table says
+
+`train` and `evaluate` in the file are overrides of the two programs; a list is swept. What is also given on the command
+line replaces the file's. evaluate.py gets one `policy="run:<overrides of train.py>"` per run, which stands for the
+policy that train.py left with these overrides, and there an override that only train.py knows belongs to the runs.
+This only rewrites the command line: from here on it is Hydra's, its launchers (Slurm) included.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vla.config import PROGRAMS, run_dir
+from vla.errors import UserError
+
+RUN = "run:"
+
+
+def expand(program: str, arguments: list[str], conf: Path) -> list[str]:
+    """`arguments` with `experiment=NAME` replaced by what the file says for `program` ("train" or "evaluate").
+
+    Raises:
+        UserError: no such experiment, a file that is not one, or a sweep without -m.
+    """
+    named = [argument.partition("=")[2] for argument in arguments if argument.startswith("experiment=")]
+    if not named:
+        return arguments
+    table = read(named[-1], conf)
+    rest = [argument for argument in arguments if not argument.startswith("experiment=")]
+    if program == "evaluate":
+        ours, theirs = divide(rest, conf)
+        runs = [" ".join(run) for run in product(table["train"], theirs)]
+        sweep = sweeps(table["evaluate"], ours)
+        if not any(key_of(argument) == "policy" for argument in ours):
+            sweep.append("policy=" + ",".join(quoted(RUN + run) for run in runs))
+    else:
+        ours, runs = rest, list(product(table["train"], rest))
+        sweep = sweeps(table["train"], rest)
+    if len(runs) > 1 and not {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & set(ours):
+        raise UserError(f"experiment={named[-1]} has {len(runs)} runs; add -m to run them all")
+    return [*sweep, *ours]
+
+
+def read(name: str, conf: Path) -> dict[str, dict[str, Any]]:
+    """{"train": overrides, "evaluate": overrides} of conf/experiment/<name>.yaml."""
+    file = conf / "experiment" / f"{name}.yaml"
+    if not file.exists():
+        known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
+        raise UserError(f"experiment={name} does not exist; choose one of: {known}")
+    table = yaml.safe_load(file.read_text())
+    if not isinstance(table, dict) or set(table) != {"train", "evaluate"}:
+        raise UserError(f"{file} must have the two keys train and evaluate, each with overrides")
+    return table
+
+
+def divide(arguments: list[str], conf: Path) -> tuple[list[str], list[str]]:
+    """(for evaluate.py, for the runs): each gets what it knows; what neither knows, evaluate.py gets to refuse."""
+    mine, runs = known("evaluate", conf), known("train", conf)
+    theirs = [a for a in arguments if key_of(a).split(".")[0] in runs]
+    ours = [a for a in arguments if a not in theirs or key_of(a).split(".")[0] in mine]
+    return ours, theirs
+
+
+def known(program: str, conf: Path) -> set[str]:
+    """The top-level keys and groups of a program."""
+    defaults = yaml.safe_load((conf / f"{program}.yaml").read_text())["defaults"]
+    groups = {key.removeprefix("optional ") for entry in defaults if isinstance(entry, dict) for key in entry}
+    return {field.name for field in fields(PROGRAMS[program])} | groups
+
+
+def product(parameters: dict[str, Any], given: list[str]) -> list[list[str]]:
+    """Every run of a table as overrides, in the order of the file; `given` on the command line comes first."""
+    axes = [[f"{key}={text(value)}" for value in values] for key, values in axes_of(parameters, given).items()]
+    lists = [[f"{key_of(a)}={value}" for value in split(a.partition("=")[2])] for a in given if not a.startswith("-")]
+    return [list(run) for run in itertools.product(*axes, *lists)]
+
+
+def sweeps(parameters: dict[str, Any], given: list[str]) -> list[str]:
+    """The same as Hydra's sweep overrides: key=a,b."""
+    return [f"{key}=" + ",".join(text(v) for v in values) for key, values in axes_of(parameters, given).items()]
+
+
+def axes_of(parameters: dict[str, Any], given: list[str]) -> dict[str, list]:
+    taken = {key_of(argument) for argument in given}
+    return {key: value if isinstance(value, list) else [value] for key, value in parameters.items() if key not in taken}
+
+
+def key_of(argument: str) -> str:
+    return argument.partition("=")[0].lstrip("+~")
+
+
+def split(value: str) -> list[str]:
+    """A sweep's values: "0,1" gives two, "[0,1]" is one list."""
+    if value[:1] in ("[", "{", "'", '"'):
+        return [value]
+    return value.split(",")
+
+
+def text(value: Any) -> str:
+    """A YAML value in Hydra's override grammar."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(text(item) for item in value) + "]"
+    return str(value)
+
+
+def quoted(words: str) -> str:
+    return "'" + words.replace("'", "\\'") + "'"
+
+
+def policy_of_run(spec: str) -> Path:
+    """The policy directory of `run:<overrides>`.
+
+    Raises:
+        UserError: that run has not been trained (to its end).
+    """
+    from vla.cli import compose_config
+
+    overrides = shlex.split(spec.removeprefix(RUN))
+    policy = run_dir(compose_config("train", *overrides)) / "policy"
+    if not (policy / "config.json").exists():
+        raise UserError(f"{policy} does not exist yet; train it: python train.py {' '.join(overrides)}")
+    return policy
