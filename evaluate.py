@@ -15,11 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from vla.cli import main
-from vla.config import EvaluateConfig
+from vla.config import EXPERT, REPLAY, EvaluateConfig
 from vla.errors import UserError
 from vla.experiment import RUN, policy_of_run
-
-REPLAY, EXPERT = "replay:", "expert"
 
 
 @main("evaluate")
@@ -33,26 +31,37 @@ def evaluate(cfg: EvaluateConfig) -> dict:
         return rollout(cfg)
     if cfg.policy.startswith(REPLAY) or cfg.policy == EXPERT:
         raise UserError(f"evaluation={cfg.evaluation.name} needs a trained policy; {cfg.policy} has no vision encoder")
-    return probe(cfg)
+    return {"bc_probe": bc_probe, "state_probe": state_probe}.get(cfg.evaluation.name, measure)(cfg)
 
 
 def rollout(cfg: EvaluateConfig) -> dict:
     """`episodes` rollouts of every task, seeds first_seed … first_seed + episodes − 1."""
     if cfg.episodes < 1:
         raise UserError(f"episodes={cfg.episodes} runs nothing; give episodes=1 or more")
-    from envs.rollout import run_rollouts
+    from envs.episodes import execution
 
     policy, about, checkpoint = load(cfg)
     ensemble, steps = execution(cfg, policy)
-    env, env_kwargs, episodes = simulator(cfg, policy, about)
     header = identity(cfg, about, checkpoint) | {"evaluation": "rollout"}
-    out = folder(
-        cfg, header | env_kwargs | {"execute_steps": steps, "exact": cfg.evaluation.exact, "ensemble": ensemble}
-    )
+    return roll_out(cfg, policy, about, header, ensemble, steps)
+
+
+def roll_out(
+    cfg: EvaluateConfig, policy, about: dict, header: dict, ensemble: float | None, steps: int, out: Path | None = None
+) -> dict:
+    """Run what is missing of the episodes and print the rate; `out` is the folder to put a folder of records into."""
+    from envs.episodes import simulator
+    from envs.rollout import run_rollouts
+
+    env, env_kwargs, episodes = simulator(cfg, policy, about)
+    what = header | env_kwargs | {"execute_steps": steps, "exact": cfg.evaluation.exact, "ensemble": ensemble}
+    place = folder(cfg, what)
+    if out is not None:
+        place = out / f"rollouts-{place.name.rpartition('-')[2]}"
     result = run_rollouts(
         policy,
         episodes,
-        out,
+        place,
         env=env,
         env_kwargs=env_kwargs,
         workers=cfg.evaluation.workers,
@@ -74,32 +83,72 @@ def rollout(cfg: EvaluateConfig) -> dict:
         low, high = chains["avg_len"]["interval"] or (float("nan"),) * 2
         shares = " / ".join(f"{100 * sr['rate']:.1f}" for sr in chains["sr"])
         print(f"{about['arm']}: SR 1-5 {shares} %, Avg. Len. {chains['avg_len']['value']:.2f} [{low:.2f}, {high:.2f}]")
-    print(f"{about['arm']}: {rate} (95 % Wilson){state}; {speed:.0f} env steps/s; {out}")
+    print(f"{about['arm']}: {rate} (95 % Wilson){state}; {speed:.0f} env steps/s; {place}")
     return summary
 
 
-def probe(cfg: EvaluateConfig) -> dict:
-    """A measure of the vision encoder on the demonstrations of data.path (no simulator)."""
-    from data.source import open_source
-    from vla.analysis.encoder import alignment_of, state_probe_of
+def bc_probe(cfg: EvaluateConfig) -> dict:
+    """Behaviour cloning heads on frozen tokens and `episodes` rollouts per task with each (0: losses only)."""
+    from vla.analysis.frozen import cloning_probes
 
     policy, about, checkpoint = load(cfg, tap=cfg.evaluation.tap)
-    data = replace(cfg.data, image_rotation=about["image_rotation"])
-    store = open_source(cfg.benchmark, data, cameras=policy.cameras)
-    measure = {"alignment": alignment_of, "state_probe": state_probe_of}[cfg.evaluation.name]
+    store = demonstrations(cfg, policy, about)
     header = identity(cfg, about, checkpoint) | {"tap": policy.tap, "data_hash": store.meta.content_hash}
-    result = header | {"evaluation": cfg.evaluation.name} | measure(policy, store, cfg.device)
+    header |= {"evaluation": "bc_probe", "probe": asdict(cfg.evaluation.probe)}
+    out = folder(cfg, header)
+    losses, probed = cloning_probes(cfg, policy, checkpoint, store, header, out)
+    print_estimates(about["arm"], losses, ("train", "validation"), "loss", out)
+    if cfg.episodes:
+        steps = cfg.evaluation.execute_steps or probed.chunk
+        losses["rollouts"] = roll_out(cfg, probed, about, header, None, steps, out)
+    return losses
+
+
+def state_probe(cfg: EvaluateConfig) -> dict:
+    """A head that reads the proprioceptive state from frozen tokens."""
+    from vla.analysis.frozen import proprioception_probe
+
+    policy, about, checkpoint = load(cfg, tap=cfg.evaluation.tap)
+    store = demonstrations(cfg, policy, about)
+    header = identity(cfg, about, checkpoint) | {"tap": policy.tap, "data_hash": store.meta.content_hash}
+    header |= {"evaluation": "state_probe", "probe": asdict(cfg.evaluation.probe)}
+    out = folder(cfg, header)
+    losses = proprioception_probe(cfg, policy, checkpoint, store, header, out)
+    print(f"{about['arm']}: state L1 train {losses['train']:.4f}, validation {losses['validation']:.4f}; {out}")
+    return losses
+
+
+def measure(cfg: EvaluateConfig) -> dict:
+    """A measure of the vision encoder on the demonstrations of data.path (no simulator)."""
+    from vla.analysis.encoder import alignment_of, ridge_probe_of
+
+    policy, about, checkpoint = load(cfg, tap=cfg.evaluation.tap)
+    store = demonstrations(cfg, policy, about)
+    of = {"alignment": alignment_of, "ridge_probe": ridge_probe_of}[cfg.evaluation.name]
+    header = identity(cfg, about, checkpoint) | {"tap": policy.tap, "data_hash": store.meta.content_hash}
+    result = header | {"evaluation": cfg.evaluation.name} | of(policy, store, cfg.device)
     out = folder(cfg, header)
     out.mkdir(parents=True, exist_ok=True)
     from envs.records import write_atomic
 
     write_atomic(out / f"{cfg.evaluation.name}.json", json.dumps(result, indent=2))
-    for name in ("mae_mm", "cosine", "scale"):
-        if name in result:
-            cell = result[name]
-            interval = f"[{cell['low']:.3f}, {cell['high']:.3f}], n = {cell['n']}"
-            print(f"{about['arm']}: {name} {cell['value']:.3f} {interval}; {out}")
+    print_estimates(about["arm"], result, ("mae_mm", "cosine", "scale"), "", out)
     return result
+
+
+def demonstrations(cfg: EvaluateConfig, policy, about: dict):
+    """The frame store of data.path, seen the way up that the policy was trained with."""
+    from data.source import open_source
+
+    data = replace(cfg.data, image_rotation=about["image_rotation"])
+    return open_source(cfg.benchmark, data, cameras=policy.cameras)
+
+
+def print_estimates(arm: str, result: dict, names: tuple[str, ...], unit: str, out: Path) -> None:
+    for name in names:
+        if cell := result.get(name):
+            interval = f"[{cell['low']:.3f}, {cell['high']:.3f}], n = {cell['n']}"
+            print(f"{arm}: {name} {unit} {cell['value']:.3f} {interval}; {out}".replace("  ", " "))
 
 
 def load(cfg: EvaluateConfig, tap: str | None = None):
@@ -122,59 +171,6 @@ def load(cfg: EvaluateConfig, tap: str | None = None):
     path = policy_of_run(cfg.policy) if cfg.policy.startswith(RUN) else Path(cfg.policy)
     policy, config = load_policy(path, cfg.device, tap)
     return policy, config["about"] | {"baseline": config["baseline"]}, checkpoint_hash(path)
-
-
-def execution(cfg: EvaluateConfig, policy) -> tuple[float | None, int]:
-    """(temperature of temporal ensembling or None, actions executed per query), the policy's own by default."""
-    ensemble = cfg.evaluation.ensemble
-    if ensemble == "policy":
-        ensemble = getattr(policy, "ensemble", None)
-    if ensemble is not None and not isinstance(ensemble, (int, float)):
-        raise UserError(f"evaluation.ensemble={ensemble} is not known; give policy, null (off) or a temperature")
-    steps = cfg.evaluation.execute_steps or (policy.chunk if ensemble is None else 1)
-    if ensemble is not None and steps != 1:
-        raise UserError(
-            f"evaluation.execute_steps={steps} and temporal ensembling exclude each other; set evaluation.ensemble=null"
-        )
-    return ensemble, steps
-
-
-def simulator(cfg: EvaluateConfig, policy, about: dict) -> tuple[str, dict, list]:
-    """(environment factory, its arguments, the episodes) of the benchmark, checked before anything starts."""
-    benchmark, cameras = cfg.benchmark, list(getattr(policy, "cameras", ["static"]))
-    seeds = range(cfg.first_seed, cfg.first_seed + cfg.episodes)
-    from envs.pool import EpisodeSpec
-
-    if benchmark.family == "calvin":
-        from envs.calvin_sequences import TOTAL, sequences
-        from envs.calvin_sim import package_root, resolve_renderer
-
-        if seeds.stop > TOTAL:
-            raise UserError(
-                f"episodes up to seed {seeds.stop - 1} were asked for; CALVIN has the chains 0 to {TOTAL - 1}"
-            )
-        package_root()
-        sequences()  # made once here, not in every worker
-        env = "envs.calvin:ExpertChains" if cfg.policy == EXPERT else "envs.calvin:CalvinChains"
-        arguments = {"scene": benchmark.scene, "cameras": cameras, "max_steps": benchmark.max_steps}
-        arguments |= {"renderer": resolve_renderer(benchmark.renderer)}
-        return env, arguments, [EpisodeSpec(benchmark.name, "chain", seed) for seed in seeds]
-
-    from envs.libero import ensure_gl, task_list
-
-    if cfg.policy == EXPERT:
-        raise UserError(f"policy=expert acts in CALVIN only, not in {benchmark.name}")
-    names = [name for name, _ in task_list(benchmark.suite)]
-    tasks = benchmark.tasks if benchmark.tasks is not None else range(len(names))
-    if unknown := [task for task in tasks if not 0 <= task < len(names)]:
-        raise UserError(f"benchmark.tasks={unknown} is not in {benchmark.suite}; choose from 0 … {len(names) - 1}")
-    ensure_gl()  # once here, not in every worker
-    keys = ("suite", "resolution", "fixture_seed", "settle_steps", "start_displacement", "max_steps")
-    arguments = {key: getattr(benchmark, key) for key in keys}
-    # The image orientation is the one the policy was trained on.
-    arguments |= {"cameras": cameras, "image_rotation": about["image_rotation"]}
-    episodes = [EpisodeSpec(benchmark.name, names[t], seed, {"task_id": t}) for t in tasks for seed in seeds]
-    return "envs.libero:LiberoEnv", arguments, episodes
 
 
 def identity(cfg: EvaluateConfig, about: dict, checkpoint: str) -> dict:

@@ -23,6 +23,12 @@ CAMERA_KEYS = {"static": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
 PAIRINGS = ("aligned", "official")
 ROTATIONS = ("rotate180", "upright")
 FILE_SUFFIX = "_demo.hdf5"
+SUITES = {"libero_four": ("libero_spatial", "libero_object", "libero_goal", "libero_10")}
+"""Several suites under one name; any other name is a suite."""
+
+
+def suites_of(name: str) -> tuple[str, ...]:
+    return SUITES.get(name, (name,))
 
 
 def orient(frames: np.ndarray, image_rotation: str) -> np.ndarray:

@@ -87,6 +87,10 @@ class PairDataset(Dataset):
             steps, windows = np.concatenate([steps, future]), np.concatenate([windows, windows])
         return batch | self._targets(steps, windows)
 
+    def targets(self, indices: np.ndarray) -> dict:
+        """A batch without its images."""
+        return self._targets(self.steps[indices], self.windows[indices])
+
     def _targets(self, steps: np.ndarray, windows: np.ndarray) -> dict:
         store = self.store
         chunk = steps[:, None] + np.arange(self.chunk)

@@ -94,7 +94,7 @@ def main() -> None:
     run(f"evaluate.py policy=replay:{demonstration} {TASK} {EPISODES} results_root={RESULTS}")
 
     clock.stage("Probe the two vision encoders")
-    probes = "evaluation=state_probe,alignment threads=1"
+    probes = "evaluation=ridge_probe,alignment threads=1"
     run(*(f"evaluate.py -m policy={policy_of(arm)} {probes} {TASK} results_root={RESULTS}" for arm in ARMS))
 
     clock.stage("Compare")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from vla.analysis import alignment as al
-from vla.analysis.probes import ridge_state_probe
+from vla.analysis.probes import ridge_probe
 from vla.errors import UserError
 
 
@@ -170,7 +170,7 @@ def probe_data(noise, seed=0):
 
 def test_ridge_probe_equals_least_squares_on_the_augmented_system():
     features, states, train, demonstrations = probe_data(noise=0.01)
-    result = ridge_state_probe(features, states, train, demonstrations, alpha=10.0)
+    result = ridge_probe(features, states, train, demonstrations, alpha=10.0)
     mean, deviation = features[train].mean(0), features[train].std(0)
     x, target = (features - mean) / deviation, states[:, :3]
     design = np.r_[np.c_[np.ones(train.sum()), x[train]], np.c_[np.zeros(12), np.sqrt(10.0) * np.eye(12)]]
@@ -185,8 +185,8 @@ def test_ridge_probe_equals_least_squares_on_the_augmented_system():
 
 def test_ridge_probe_error_grows_with_noise_and_a_constant_feature_is_harmless():
     features, states, train, demonstrations = probe_data(noise=0.0)
-    clean = ridge_state_probe(np.c_[features, np.ones(300)], states, train, demonstrations, alpha=1e-6)
-    noisy = ridge_state_probe(*probe_data(noise=0.02))
+    clean = ridge_probe(np.c_[features, np.ones(300)], states, train, demonstrations, alpha=1e-6)
+    noisy = ridge_probe(*probe_data(noise=0.02))
     assert clean["mae_mm"]["value"] < 1e-3 and clean["r2"] == pytest.approx(1)
     assert noisy["mae_mm"]["value"] == pytest.approx(20 * np.sqrt(2 / np.pi), rel=0.15)
 
@@ -203,4 +203,4 @@ def test_ridge_probe_refuses_bad_input():
         ((np.full_like(features, np.nan), states, train, demonstrations), "finite"),
     ]:
         with pytest.raises(UserError, match=message):
-            ridge_state_probe(*bad)
+            ridge_probe(*bad)

@@ -82,10 +82,10 @@ def test_probes_write_what_tables_read(policy, tmp_path):
     data = tmp_path / "store"
     write_store(make_episodes(8, length=40), data, reader={"image_rotation": "rotate180"})
     done = run(
-        tmp_path, "evaluate.py", "-m", f"policy={policy}", "evaluation=state_probe,alignment", f"data.path={data}"
+        tmp_path, "evaluate.py", "-m", f"policy={policy}", "evaluation=ridge_probe,alignment", f"data.path={data}"
     )
     assert done.returncode == 0, done.stderr
-    for name, key in (("state_probe", "mae_mm"), ("alignment", "cosine")):
+    for name, key in (("ridge_probe", "mae_mm"), ("alignment", "cosine")):
         (file,) = (tmp_path / "results").rglob(f"{name}.json")
         content = json.loads(file.read_text())
         assert content["arm"] == "ptr" and content[key]["low"] <= content[key]["value"] <= content[key]["high"]

@@ -48,7 +48,7 @@ def write_analyses(folder, arm, mae, cosine, **extra):
     score = {"value": cosine, "low": cosine - 0.02, "high": cosine + 0.02, "n": 6000}
     (folder / "alignment.json").write_text(json.dumps({**label, "cosine": score, "scale": score}))
     error = {"value": mae, "low": mae - 0.5, "high": mae + 0.5, "n": 12}
-    (folder / "state_probe.json").write_text(json.dumps({**label, "mae_mm": error}))
+    (folder / "ridge_probe.json").write_text(json.dumps({**label, "mae_mm": error}))
 
 
 VANILLA, PTR, REPLAY = "11110000111100001111", "11111111111111111000", "0" * 20

@@ -19,6 +19,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from vla.errors import UserError
 from vla.policy_configs import POLICIES
 
+REPLAY, EXPERT = "replay:", "expert"
+"""Values of `policy` that no training made (vla/replay.py)."""
+
 
 @dataclass(frozen=True)
 class InverseDynamicsConfig:
@@ -101,6 +104,7 @@ class BenchmarkConfig:
     name: str = MISSING
     family: str = MISSING
     suite: str = MISSING
+    folder: str = "${.name}"  # under $VLA_DATA
     tasks: list[int] | None = None
     cameras: list[str] = MISSING
     resolution: int = MISSING
@@ -159,7 +163,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ProbeConfig:
+    """How a light head is trained on frozen visual tokens (IDL tables 11 and 12; vla/analysis/mlp_probe.py)."""
+
+    lr: float = 2.0e-4
+    batch_size: int = 64
+    steps: int = 1000
+    epochs: float = 1.0
+    chunk: int = 4
+    gripper_weight: float = 0.01
+    dropout: float = 0.1
+    validation: float = 0.1
+    validate_every: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
+    """Rollouts: execute_steps … ensemble (envs/rollout.py). Probes: tap, features (keep, drop, off), probe."""
+
     name: str = MISSING
     execute_steps: int | None = None
     workers: int = 2
@@ -170,6 +192,8 @@ class EvaluationConfig:
     videos: int = 0
     ensemble: Any = "policy"
     tap: str | None = None
+    features: str = "keep"
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
 
 
 @dataclass(frozen=True)
@@ -200,10 +224,17 @@ class CollectConfig:
 
 @dataclass(frozen=True)
 class ConvertConfig:
+    """to: store or lerobot, with video or PNG. gripper, orientation, keys: of a LeRobot source (data/lerobot.py)."""
+
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     data: DataConfig = field(default_factory=DataConfig)
     out: str | None = None
     pairing: str = "aligned"
+    to: str = "store"
+    video: bool = True
+    gripper: str | None = None
+    orientation: str | None = None
+    keys: dict[str, str | None] = field(default_factory=lambda: {"static": None, "wrist": None})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.progress import track
 
 from data.frame_store import FrameStore
 from vla.analysis.alignment import alignment
-from vla.analysis.probes import ridge_state_probe
+from vla.analysis.probes import ridge_probe
 from vla.policy import Policy
 
 HELD_OUT = 0.3
@@ -40,14 +40,14 @@ def alignment_of(policy: Policy, store: FrameStore, device: str) -> dict:
     return asdict(alignment(mean_features(policy, store, device), poses, _Frames(store, policy.cameras[0]), segments))
 
 
-def state_probe_of(policy: Policy, store: FrameStore, device: str) -> dict:
+def ridge_probe_of(policy: Policy, store: FrameStore, device: str) -> dict:
     """Ridge probe of the end effector's position, scored on the last 30 % of the demonstrations.
 
     Held out means held out of the probe: the encoder was trained on all of them.
     """
     episodes = store.episode_of[store.samples]
     held_out = episodes >= round((1 - HELD_OUT) * len(store.episodes))
-    return ridge_state_probe(mean_features(policy, store, device), store.states[store.samples], ~held_out, episodes)
+    return ridge_probe(mean_features(policy, store, device), store.states[store.samples], ~held_out, episodes)
 
 
 class _Frames:

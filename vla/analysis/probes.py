@@ -3,7 +3,7 @@
 The quick probe (fact sheet demo §5): closed-form ridge regression, seconds on a CPU. It shows what is linearly readable
 from mean-pooled tokens; the paper's probe (IDL A.7, an MLP on all tokens) measures more and costs hours.
 
-    result = ridge_state_probe(features, states, train_mask, demonstrations)
+    result = ridge_probe(features, states, train_mask, demonstrations)
     print(result["mae_mm"]["value"])
 """
 
@@ -17,7 +17,7 @@ from vla.analysis.statistics import Estimate, mean_interval
 from vla.errors import UserError
 
 
-def ridge_state_probe(
+def ridge_probe(
     features: np.ndarray,
     states: np.ndarray,
     train_mask: np.ndarray,

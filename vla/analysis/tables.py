@@ -1,7 +1,7 @@
 """From a folder of results to comparison tables: one row per arm, every cell with its n and interval, arms paired.
 
 Reads what evaluate.py leaves behind, at any depth: rollouts (run.json, episodes.jsonl, summary.json; see
-envs/records.py), alignment.json and state_probe.json. Rates are computed from the episode records, never copied.
+envs/records.py), alignment.json and ridge_probe.json. Rates are computed from the episode records, never copied.
 Runs are compared only under equal conditions: the same benchmark and the same arguments of the simulator.
 
     episodes, analyses = load(Path("results"))
@@ -47,9 +47,9 @@ def load(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise UserError(f"{root} is not a folder: give the folder that evaluate.py writes its results to")
     runs = [_load_run(path.parent) for path in sorted(root.rglob("episodes.jsonl"))]
     rows = [row for path in sorted(root.rglob("alignment.json")) for row in _load_analysis(path, ("cosine", "scale"))]
-    rows += [row for path in sorted(root.rglob("state_probe.json")) for row in _load_analysis(path, ("mae_mm",))]
+    rows += [row for path in sorted(root.rglob("ridge_probe.json")) for row in _load_analysis(path, ("mae_mm",))]
     if not runs and not rows:
-        raise UserError(f"{root} holds no episodes.jsonl, alignment.json or state_probe.json: run evaluate.py first")
+        raise UserError(f"{root} holds no episodes.jsonl, alignment.json or ridge_probe.json: run evaluate.py first")
     identity = ["benchmark", "conditions", "arm", "train_seed", "task", "seed"]
     episodes = pd.concat(runs, ignore_index=True) if runs else pd.DataFrame(columns=[*identity, "folder"])
     columns = ["benchmark", "baseline", "arm", "train_seed", "metric", "value", "low", "high", "n", "folder"]

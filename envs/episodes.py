@@ -1,0 +1,67 @@
+"""Which episodes an evaluation runs, and where: a benchmark's configuration in envs/rollout.py's terms."""
+
+from __future__ import annotations
+
+from envs.pool import EpisodeSpec
+from vla.config import EXPERT, EvaluateConfig
+from vla.errors import UserError
+
+
+def execution(cfg: EvaluateConfig, policy) -> tuple[float | None, int]:
+    """(temperature of temporal ensembling or None, actions executed per query), the policy's own by default."""
+    ensemble = cfg.evaluation.ensemble
+    if ensemble == "policy":
+        ensemble = getattr(policy, "ensemble", None)
+    if ensemble is not None and not isinstance(ensemble, (int, float)):
+        raise UserError(f"evaluation.ensemble={ensemble} is not known; give policy, null (off) or a temperature")
+    steps = cfg.evaluation.execute_steps or (policy.chunk if ensemble is None else 1)
+    if ensemble is not None and steps != 1:
+        raise UserError(
+            f"evaluation.execute_steps={steps} and temporal ensembling exclude each other; set evaluation.ensemble=null"
+        )
+    return ensemble, steps
+
+
+def simulator(cfg: EvaluateConfig, policy, about: dict) -> tuple[str, dict, list]:
+    """(environment factory, its arguments, the episodes) of the benchmark, checked before anything starts."""
+    benchmark, cameras = cfg.benchmark, list(getattr(policy, "cameras", ["static"]))
+    seeds = range(cfg.first_seed, cfg.first_seed + cfg.episodes)
+    if benchmark.family == "calvin":
+        from envs.calvin_sequences import TOTAL, sequences
+        from envs.calvin_sim import package_root, resolve_renderer
+
+        if seeds.stop > TOTAL:
+            raise UserError(
+                f"episodes up to seed {seeds.stop - 1} were asked for; CALVIN has the chains 0 to {TOTAL - 1}"
+            )
+        package_root()
+        sequences()  # made once here, not in every worker
+        env = "envs.calvin:ExpertChains" if cfg.policy == EXPERT else "envs.calvin:CalvinChains"
+        arguments = {"scene": benchmark.scene, "cameras": cameras, "max_steps": benchmark.max_steps}
+        arguments |= {"renderer": resolve_renderer(benchmark.renderer)}
+        return env, arguments, [EpisodeSpec(benchmark.name, "chain", seed) for seed in seeds]
+
+    from data.libero import suites_of
+    from envs.libero import ensure_gl, task_list
+
+    if cfg.policy == EXPERT:
+        raise UserError(f"policy=expert acts in CALVIN only, not in {benchmark.name}")
+    known = [
+        (suite, index, *names) for suite in suites_of(benchmark.suite) for index, names in enumerate(task_list(suite))
+    ]
+    tasks = benchmark.tasks if benchmark.tasks is not None else range(len(known))
+    if unknown := [task for task in tasks if not 0 <= task < len(known)]:
+        raise UserError(f"benchmark.tasks={unknown} is not in {benchmark.suite}; choose from 0 … {len(known) - 1}")
+    told = getattr(policy, "instructions", None)  # of a policy that knows some tasks only
+    chosen = [known[task] for task in tasks if told is None or known[task][3] in told]
+    ensure_gl()  # once here, not in every worker
+    keys = ("resolution", "fixture_seed", "settle_steps", "start_displacement", "max_steps")
+    arguments = {key: getattr(benchmark, key) for key in keys}
+    # The image orientation is the one the policy was trained on.
+    arguments |= {"cameras": cameras, "image_rotation": about["image_rotation"]}
+    episodes = [
+        EpisodeSpec(suite, name, seed, {"suite": suite, "task_id": index})
+        for suite, index, name, _ in chosen
+        for seed in seeds
+    ]
+    return "envs.libero:LiberoEnv", arguments, episodes
