@@ -44,17 +44,18 @@ def train(cfg: TrainConfig) -> Path:
     inverse_dynamics = build_inverse_dynamics(policy, cfg.inverse_dynamics)
     pairs = cfg.data.pairs if cfg.data.pairs == "shared" or inverse_dynamics is not None else None
     dataset = PairDataset(store, cfg.chunk, cfg.cameras, pairs, cfg.data.tail)
+    steps = total_steps(cfg, len(dataset))
     module = VLAModule(
         policy,
         inverse_dynamics,
         cfg.optim,
         cfg.augment,
-        max_steps=cfg.max_steps,
-        warmup_steps=warmup_steps(cfg, len(dataset)),
+        max_steps=steps,
+        warmup_steps=warmup_steps(cfg, len(dataset), steps),
         seed=cfg.seed,
     )
     first_step = first_step_of(checkpoint)
-    trainer = make_trainer(cfg, run, first_step)
+    trainer = make_trainer(cfg, run, first_step, steps)
     shared = cfg.data.pairs == "shared"
     size = cfg.batch_size // 2 if shared else cfg.batch_size
     batches = StatelessBatches(len(dataset), size, cfg.seed, first_step, trainer.global_rank, trainer.world_size)
@@ -104,11 +105,18 @@ def check(cfg: TrainConfig, store) -> None:
         )
 
 
-def warmup_steps(cfg: TrainConfig, samples: int) -> int:
+def total_steps(cfg: TrainConfig, samples: int) -> int:
+    """max_steps, or fewer where max_epochs is reached before."""
+    if cfg.max_epochs is None:
+        return cfg.max_steps
+    return max(1, min(cfg.max_steps, round(cfg.max_epochs * samples / cfg.batch_size)))
+
+
+def warmup_steps(cfg: TrainConfig, samples: int, steps: int) -> int:
     if cfg.optim.warmup_steps is not None:
         return cfg.optim.warmup_steps
     if cfg.optim.warmup_ratio:
-        return round(cfg.optim.warmup_ratio * cfg.max_steps)
+        return round(cfg.optim.warmup_ratio * steps)
     return round(cfg.optim.warmup_epochs * samples / cfg.batch_size)
 
 

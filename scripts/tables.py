@@ -34,21 +34,25 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--csv", type=Path, help="write the numbers here, the comparisons to <name>_comparisons.csv")
     parser.add_argument("--latex", type=Path, help="write both tables here (needs \\usepackage{booktabs})")
     parser.add_argument("--alignment", type=Path, help="draw the arms' state-feature alignment here (PNG)")
+    parser.add_argument("--probes", type=Path, help="draw the frozen-encoder probes' training curves here (PNG)")
     options = parser.parse_args(arguments)
     try:
-        run(options.results, options.csv, options.latex, options.alignment)
+        run(options.results, options.csv, options.latex, options.alignment, options.probes)
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 
-def run(folder: Path, csv: Path | None, latex: Path | None, alignment: Path | None) -> None:
+def run(
+    folder: Path, csv: Path | None, latex: Path | None, alignment: Path | None = None, probes: Path | None = None
+) -> None:
     from rich.console import Console
 
     from vla.analysis import tables
     from vla.analysis.chains import chains_table
+    from vla.analysis.probe_tables import load_losses
 
-    for path in (csv, latex, alignment):
+    for path in (csv, latex, alignment, probes):
         if path is not None and not path.absolute().parent.is_dir():
             raise UserError(f"{path} cannot be written: create the folder {path.parent} first")
     episodes, analyses = tables.load(folder)
@@ -57,6 +61,7 @@ def run(folder: Path, csv: Path | None, latex: Path | None, alignment: Path | No
     console = Console(width=width, markup=False, highlight=False)
     show(console, results, comparisons)
     show_chains(console, *chains_table(episodes))
+    show_losses(console, load_losses(folder))
     for note in tables.notes(episodes, results):
         console.print(f"Note: {note}")
     if csv is not None:
@@ -67,6 +72,10 @@ def run(folder: Path, csv: Path | None, latex: Path | None, alignment: Path | No
         from vla.analysis.plots import plot_alignment
 
         plot_alignment(analyses, alignment)
+    if probes is not None:
+        from vla.analysis.probe_plots import plot_probes
+
+        plot_probes(folder, probes)
 
 
 def show(console: Console, results: pd.DataFrame, comparisons: pd.DataFrame) -> None:
@@ -122,6 +131,35 @@ def show_chains(console: Console, results: pd.DataFrame, comparisons: pd.DataFra
             verdict = f"{better} is better" if row.p < 0.05 else "not distinguishable"
             told = f"Avg. Len. {difference}, paired permutation {format_p(row.p)}, n = {row.n} chains: {verdict}"
             console.print(f"{row.arm_a} vs {row.arm_b}: {told}")
+        console.print()
+
+
+def show_losses(console: Console, losses: pd.DataFrame) -> None:
+    """IDL table 4: losses of the frozen-encoder probes, lower is better, and what the training seeds allow to say."""
+    from rich.table import Table
+
+    from vla.analysis.probe_tables import compare_losses, loss_table, verdict
+
+    def cell(row, measure: str) -> str:
+        low, high = getattr(row, f"{measure}_low"), getattr(row, f"{measure}_high")
+        return f"{getattr(row, measure):.4f}" + ("" if low != low else f" [{low:.4f}, {high:.4f}]")
+
+    compared = compare_losses(losses)
+    for (benchmark, probe), rows in loss_table(losses).groupby(["benchmark", "probe"]) if len(losses) else ():
+        caption = "mean loss, lower is better [95 % interval over tasks]"
+        table = Table(title=f"{benchmark}, {probe} from frozen tokens", caption=caption, title_justify="left")
+        for column in ("arm", "training seed", "tap", "tasks", "train", "validation"):
+            table.add_column(column)
+        for row in rows.itertuples():
+            cells = cell(row, "train"), cell(row, "validation")
+            table.add_row(row.arm, row.train_seed, row.tap, str(row.n), *cells)
+        console.print(table)
+        mine = compared[(compared.benchmark == benchmark) & (compared.probe == probe)] if len(compared) else compared
+        for row in mine.itertuples():
+            interval = "" if row.low != row.low else f" [{row.low:+.4f}, {row.high:+.4f}]"
+            each = ", ".join(f"{difference:+.4f}" for difference in row.differences)
+            told = f"{row.difference:+.4f}{interval} (seeds: {each}): {verdict(row)}"
+            console.print(f"{row.arm_a} vs {row.arm_b}, {row.measure}: {told}")
         console.print()
 
 

@@ -57,6 +57,24 @@ def test_evaluation_divides_the_overrides():
     assert [(r.seed, r.max_steps, r.data.path, r.arm) for r in runs] == [(1, 30, "d", "aux"), (2, 30, "d", "aux")]
 
 
+def test_where_data_differ_they_are_the_evaluations():
+    """IDL table 3 trains on LIBERO-90 and probes on four suites; what is for the runs alone says so."""
+    arguments = [
+        "experiment=idl_table3",
+        "-m",
+        "seed=1",
+        "ablation=ptr",
+        "data.path=d",
+        "run.data.path=e",
+        "run.max_steps=9",
+    ]
+    (job,) = cells("evaluate", *arguments)
+    cfg = compose_config("evaluate", *job)
+    run = compose_config("train", *cfg.policy.removeprefix(RUN).split())
+    assert (cfg.benchmark.name, cfg.data.path) == ("libero_four", "d")
+    assert (run.benchmark.name, run.data.path, run.max_steps, run.max_epochs) == ("libero_90", "e", 9, 1)
+
+
 def test_lists_are_one_value():
     jobs = cells("evaluate", "-m", "experiment=idl_table6", "benchmark.tasks=[1,2]", "ablation=ptr", "seed=0")
     assert len(jobs) == 1

@@ -156,6 +156,7 @@ class TrainConfig:
     untouched: bool = False
     batch_size: int = MISSING
     max_steps: int = MISSING
+    max_epochs: float | None = None  # whichever of the two is reached first
     time_limit_minutes: float | None = None
     seed: int = 0
     resume: str | None = None

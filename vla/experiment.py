@@ -5,7 +5,9 @@
 
 `train` and `evaluate` in the file are overrides of the two programs; a list is swept. What is also given on the command
 line replaces the file's. evaluate.py gets one `policy="run:<overrides of train.py>"` per run, which stands for the
-policy that train.py left with these overrides, and there an override that only train.py knows belongs to the runs.
+policy that train.py left with these overrides. There an override that only train.py knows belongs to the runs, one that
+both know to both; `run.key=value` is for the runs alone, and where a table trains on one benchmark and evaluates on
+another, benchmark and data keys are the evaluation's.
 This only rewrites the command line: from here on it is Hydra's, its launchers (Slurm) included.
 """
 
@@ -23,6 +25,8 @@ from vla.config import PROGRAMS, run_dir
 from vla.errors import UserError
 
 RUN = "run:"
+ONLY_RUN = "run."
+EVALUATION_ONLY = {"benchmark", "data"}
 
 
 def expand(program: str, arguments: list[str], conf: Path) -> list[str]:
@@ -37,7 +41,8 @@ def expand(program: str, arguments: list[str], conf: Path) -> list[str]:
     table = read(named[-1], conf)
     rest = [argument for argument in arguments if not argument.startswith("experiment=")]
     if program == "evaluate":
-        ours, theirs = divide(rest, conf)
+        apart = table["train"].get("benchmark") != table["evaluate"].get("benchmark")
+        ours, theirs = divide(rest, conf, EVALUATION_ONLY if apart else set())
         runs = [" ".join(run) for run in product(table["train"], theirs)]
         sweep = sweeps(table["evaluate"], ours)
         if not any(key_of(argument) == "policy" for argument in ours):
@@ -62,12 +67,12 @@ def read(name: str, conf: Path) -> dict[str, dict[str, Any]]:
     return table
 
 
-def divide(arguments: list[str], conf: Path) -> tuple[list[str], list[str]]:
+def divide(arguments: list[str], conf: Path, apart: set[str]) -> tuple[list[str], list[str]]:
     """(for evaluate.py, for the runs): each gets what it knows; what neither knows, evaluate.py gets to refuse."""
-    mine, runs = known("evaluate", conf), known("train", conf)
-    theirs = [a for a in arguments if key_of(a).split(".")[0] in runs]
-    ours = [a for a in arguments if a not in theirs or key_of(a).split(".")[0] in mine]
-    return ours, theirs
+    mine, runs = known("evaluate", conf), known("train", conf) - apart
+    theirs = [a.removeprefix(ONLY_RUN) for a in arguments if a.startswith(ONLY_RUN) or key_of(a).split(".")[0] in runs]
+    ours = [a for a in arguments if not a.startswith(ONLY_RUN)]
+    return [a for a in ours if key_of(a).split(".")[0] not in runs - mine], theirs
 
 
 def known(program: str, conf: Path) -> set[str]:

@@ -58,7 +58,7 @@ def first_step_of(checkpoint: Path | None) -> int:
     return 0 if checkpoint is None else torch.load(checkpoint, weights_only=True, map_location="cpu")["global_step"]
 
 
-def make_trainer(cfg: TrainConfig, run: Path, first_step: int) -> L.Trainer:
+def make_trainer(cfg: TrainConfig, run: Path, first_step: int, steps: int) -> L.Trainer:
     run.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(asdict(cfg)), run / "config.yaml")
     loggers = [MetricsCSV(run / "metrics.csv", first_step)]
@@ -74,7 +74,7 @@ def make_trainer(cfg: TrainConfig, run: Path, first_step: int) -> L.Trainer:
             )
         )
     callbacks = [
-        Throughput(cfg.max_steps, cfg.trainer.log_every, f"{cfg.arm} seed {cfg.seed}"),
+        Throughput(steps, cfg.trainer.log_every, f"{cfg.arm} seed {cfg.seed}"),
         ModelCheckpoint(
             run / "checkpoints",
             filename="{step}",
@@ -92,7 +92,7 @@ def make_trainer(cfg: TrainConfig, run: Path, first_step: int) -> L.Trainer:
         accelerator=cfg.trainer.accelerator,
         devices=cfg.trainer.devices,
         precision=cfg.trainer.precision,
-        max_steps=cfg.max_steps,
+        max_steps=steps,
         max_time=None if limit is None else timedelta(minutes=limit),
         gradient_clip_val=cfg.optim.clip,
         logger=loggers,
@@ -140,7 +140,7 @@ def fit(
         image_rotation=store.meta.reader.get("image_rotation", cfg.data.image_rotation),
         train_seed=cfg.seed,
         steps=trainer.global_step,
-        max_steps=cfg.max_steps,
+        max_steps=module.max_steps,
         seconds=round(time.monotonic() - started, 1),
         config_hash=run_hash(cfg),
         data_hash=store.meta.content_hash,

@@ -80,7 +80,7 @@ def plot_training(curves: dict[str, pd.DataFrame], out: Path) -> None:
         panel.legend(frameon=False)
     for panel in list(panels):
         panel.set_visible(False)
-    _save(figure, out)
+    save(figure, out)
 
 
 def plot_alignment(analyses: pd.DataFrame, out: Path) -> None:
@@ -122,10 +122,11 @@ def plot_alignment(analyses: pd.DataFrame, out: Path) -> None:
         panel.set_axisbelow(True)
     figure.axes[0].set_ylabel("state-feature alignment\n(partial Spearman, no unit)")
     figure.axes[0].legend(frameon=False)
-    _save(figure, out)
+    save(figure, out)
 
 
-def _save(figure: Any, out: Path) -> None:
+def save(figure: Any, out: Path) -> None:
+    """As PNG, whole or not at all."""
     temporary = out.with_name(f".{out.name}.tmp")
     with temporary.open("wb") as file:
         figure.savefig(file, dpi=160, format="png")

@@ -48,8 +48,8 @@ def load(root: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     runs = [_load_run(path.parent) for path in sorted(root.rglob("episodes.jsonl"))]
     rows = [row for path in sorted(root.rglob("alignment.json")) for row in _load_analysis(path, ("cosine", "scale"))]
     rows += [row for path in sorted(root.rglob("ridge_probe.json")) for row in _load_analysis(path, ("mae_mm",))]
-    if not runs and not rows:
-        raise UserError(f"{root} holds no episodes.jsonl, alignment.json or ridge_probe.json: run evaluate.py first")
+    if not runs and not rows and not any(root.rglob("*_probe.json")):
+        raise UserError(f"{root} holds no episodes.jsonl, alignment.json or *_probe.json: run evaluate.py first")
     identity = ["benchmark", "conditions", "arm", "train_seed", "task", "seed"]
     episodes = pd.concat(runs, ignore_index=True) if runs else pd.DataFrame(columns=[*identity, "folder"])
     columns = ["benchmark", "baseline", "arm", "train_seed", "metric", "value", "low", "high", "n", "folder"]
@@ -194,6 +194,8 @@ def _load_run(folder: Path) -> pd.DataFrame:
             raise UserError(f"{folder / 'summary.json'} lacks {sorted(lacking)[0]!r}: run that evaluation again")
         missing = summary["n"] + summary["missing"] - len(rows)  # rows may be newer than the summary
     conditions = {k: v for k, v in header.get("env_kwargs", {}).items() if k not in POLICY_SIDE}
+    if (evaluation := header.get("evaluation", "rollout")) != "rollout":
+        conditions |= {"evaluation": evaluation}
     return rows.assign(
         conditions=json.dumps(conditions, sort_keys=True),
         arm=str(arm),
