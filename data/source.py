@@ -10,10 +10,13 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.lerobot import Reading, lerobot_parts
+from data.lerobot_meta import is_lerobot, lerobot_files
+from data.libero import instruction_of, suites_of
 from vla.config import BenchmarkConfig, DataConfig
 from vla.errors import UserError
 
@@ -29,6 +32,7 @@ def open_source(
     out: Path | None = None,
     pairing: str = "aligned",
     cameras: list[str] | None = None,
+    reading: Reading | None = None,
 ) -> FrameStore:
     """The frame store of `data.path`, converted first where it is a folder of a real format.
 
@@ -37,6 +41,7 @@ def open_source(
         pairing: see data/libero.py.
         cameras: those needed; a store with all of `benchmark.cameras` serves where there is one, otherwise one with
             these alone is made. Default: all of the benchmark's.
+        reading: what a LeRobot data set does not say about itself, see data/lerobot.py.
 
     Raises:
         UserError: nothing at data.path, no episodes in it, or files that cannot be read (each named).
@@ -50,7 +55,7 @@ def open_source(
     if data.bad_files not in ("raise", "skip"):
         raise UserError(f"data.bad_files={data.bad_files} is not known; choose raise or skip")
     files = source_files(benchmark, data)
-    options = reader_options(benchmark, data, pairing)
+    options = reader_options(benchmark, data, pairing, reading)
 
     def place(of: list[str]) -> Path:
         facts = options | {"cameras": list(of), "encoding": data.encoding, "version": VERSION}
@@ -79,8 +84,16 @@ def stores_root() -> Path:
     return Path(os.environ.get("VLA_DATA", "datasets")) / "stores"
 
 
-def reader_options(benchmark: BenchmarkConfig, data: DataConfig, pairing: str) -> dict:
+def reader_options(benchmark: BenchmarkConfig, data: DataConfig, pairing: str, reading: Reading | None = None) -> dict:
     """What decides how the benchmark family's files are read; kept in the store's meta."""
+    reading = reading or Reading()
+    if is_lerobot(Path(data.path)):
+        tasks = chosen_tasks(benchmark)
+        options = {"family": benchmark.family, "format": "lerobot", "reading": asdict(reading)}
+        options["instructions"] = None if tasks is None else [instruction_of(task) for task in tasks]
+        return options | ({"image_rotation": data.image_rotation} if benchmark.family == "libero" else {})
+    if reading != Reading():
+        raise UserError(f"{data.path} is no LeRobot data set; gripper=, orientation= and keys= are for those alone")
     if benchmark.family == "calvin":
         return {"family": "calvin", "margin": data.margin, "language": data.language}
     if benchmark.family == "libero":
@@ -96,24 +109,38 @@ def source_files(benchmark: BenchmarkConfig, data: DataConfig) -> list[Path]:
     )
     if not path.exists():
         raise UserError(f"no data at {path}; {hint}")
+    if is_lerobot(path):
+        return lerobot_files(path)
     if benchmark.family == "calvin":
         split = path / data.split if (path / data.split).is_dir() else path
         return [split / "ep_start_end_ids.npy", split / data.language / "auto_lang_ann.npy"]
-    files = [path] if path.is_file() else sorted(path.glob("*.hdf5"))
-    if benchmark.tasks is not None:
-        from envs.libero import task_list
-
-        names = task_list(benchmark.suite)
-        wanted = {f"{names[task][0]}_demo" for task in benchmark.tasks}
-        files = [file for file in files if file.stem in wanted]
+    suites = suites_of(benchmark.suite)
+    folders = [path / suite for suite in suites] if len(suites) > 1 else [path]
+    files = [path] if path.is_file() else [file for folder in folders for file in sorted(folder.glob("*.hdf5"))]
+    if (wanted := chosen_tasks(benchmark)) is not None:
+        files = [file for file in files if file.stem in {f"{task}_demo" for task in wanted}]
     if not files:
         tasks = "" if benchmark.tasks is None else f" for benchmark.tasks={benchmark.tasks}"
         raise UserError(f"{path} holds no *.hdf5 demonstrations{tasks}; {hint}")
     return files
 
 
+def chosen_tasks(benchmark: BenchmarkConfig) -> list[str] | None:
+    """The names of benchmark.tasks, numbered through the benchmark's suites; None for all."""
+    if benchmark.tasks is None:
+        return None
+    from envs.libero import task_list
+
+    names = [name for suite in suites_of(benchmark.suite) for name, _ in task_list(suite)]
+    return [names[task] for task in benchmark.tasks]
+
+
 def units_of(files: list[Path], options: dict, cameras: tuple[str, ...]) -> list[Unit]:
     """The parts of a conversion."""
+    if options.get("format") == "lerobot":
+        instructions = options["instructions"] and tuple(options["instructions"])
+        reading = Reading(**options["reading"])
+        return lerobot_parts(files[0].parents[1], cameras, reading, options.get("image_rotation"), instructions)
     if options["family"] == "calvin":
         from data.calvin import CalvinSplit
 
