@@ -48,25 +48,24 @@ def run(cfg: ConvertConfig) -> None:
 def write_lerobot(cfg: ConvertConfig, reading: Reading) -> None:
     from data import lerobot_writer as lerobot
     from data.lerobot_meta import is_lerobot, read_info
-    from data.source import is_store, reader_options, source_files, units_of
+    from data.source import is_store, source_of
 
     if not cfg.out:
         raise UserError("to=lerobot needs a place: out=DIR")
     path, family = Path(cfg.data.path), cfg.benchmark.family
     if is_store(path):
         raise UserError(f"{path} is a frame store; give the folder it was made from")
-    files = source_files(cfg.benchmark, cfg.data)
-    options = reader_options(cfg.benchmark, cfg.data, cfg.pairing, reading)
+    source = source_of(cfg.benchmark, cfg.data, cfg.pairing, reading)
     if not is_lerobot(path) and family not in lerobot.FPS:
         raise UserError(f"the control rate of {family} is not known; add it to FPS in data/lerobot_writer.py")
     skipped: list[str] | None = [] if cfg.data.bad_files == "skip" else None
     info = lerobot.write_lerobot(
-        lerobot.read_units(units_of(files, options, tuple(cfg.benchmark.cameras)), skipped),
+        lerobot.read_units(source.units(tuple(cfg.benchmark.cameras)), skipped),
         Path(cfg.out),
         fps=round(read_info(path)["fps"]) if is_lerobot(path) else lerobot.FPS[family],
         video=cfg.video,
         gripper=lerobot.GRIPPER.get(family, "open1"),
-        orientation=options.get("image_rotation"),
+        orientation=source.options.get("image_rotation"),
         state_names=lerobot.STATE_NAMES.get(family),
     )
     for message in skipped or ():

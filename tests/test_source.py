@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data.source import open_source
+from tests.rlds_files import LIBERO, made_steps, write_rlds
 from tests.test_libero_data import write_demos
 from vla.cli import compose_config
 from vla.errors import UserError
@@ -79,3 +80,36 @@ def test_nothing_to_read_is_named_and_leaves_nothing(folder, tmp_path):
     with pytest.raises(UserError, match=PLATE):
         source(folder)
     assert not (tmp_path / "data" / "stores").exists() or not list((tmp_path / "data" / "stores").iterdir())
+
+
+def test_rlds_is_opened_by_what_lies_there(tmp_path, monkeypatch):
+    """Two shards of a LIBERO data set: its steps and frames, one task chosen by its words, and whose robot it is."""
+    monkeypatch.setenv("VLA_DATA", str(tmp_path / "data"))
+    rng = np.random.default_rng(0)
+    told = ["put the bowl on the plate", "turn on the stove", "put the bowl on the plate"]
+    episodes = [made_steps(LIBERO, 5 + i, rng, words) for i, words in enumerate(told)]
+    folder = write_rlds(tmp_path / "libero_goal_no_noops" / "1.0.0", "libero_goal_no_noops", LIBERO, episodes, shards=2)
+    store = source(folder)
+    assert [e["length"] for e in store.episodes] == [5, 6, 7] and store.meta.reader["image_rotation"] == "rotate180"
+    motion = np.concatenate([episode["action"][:, :6] for episode in episodes])
+    np.testing.assert_array_equal(store.actions[:, :6], motion)
+    assert source(folder.parent, "benchmark.tasks=[8]").meta.episodes == 2
+    with pytest.raises(UserError, match=r"ep_start_end_ids\.npy is missing"):
+        source(folder, "benchmark=calvin_abc_d")
+    with pytest.raises(UserError, match=r"image_rotation=rotate180"):
+        source(folder, "data.image_rotation=upright")
+
+
+def test_suites_under_one_name_lie_in_their_own_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLA_DATA", str(tmp_path))
+    for suite, task in (("libero_goal", "turn_on_the_stove"), ("libero_spatial", "pick_it_up")):
+        (tmp_path / suite).mkdir()
+        write_demos(tmp_path / suite / f"{task}_demo.hdf5", lengths=(6,))
+    store = source(tmp_path, "benchmark=libero_four")
+    assert [window["task"] for window in store.windows] == ["pick_it_up", "turn_on_the_stove"]
+
+
+def test_steps_that_do_nothing_can_be_left_out(folder):
+    whole, short = source(folder), source(folder, "data.drop_noops=true")
+    assert short.path != whole.path and short.meta.steps <= whole.meta.steps
+    assert not (np.abs(short.actions[:, :6]).max(1) < 1e-6).any()

@@ -84,6 +84,7 @@ class DataConfig:
     """Where demonstrations come from and how they are read; encoding … tail: data/store_writer.py, data/sampler.py.
 
     split, language, margin are of CALVIN: which folder, which annotation, frames kept after a window for o_{t+H}.
+    drop_noops leaves out LIBERO steps that do nothing (data/noops.py).
     bad_files: raise, or skip and count.
     """
 
@@ -95,6 +96,7 @@ class DataConfig:
     split: str = "training"
     language: str = "lang_annotations"
     margin: int = 16
+    drop_noops: bool = False
     bad_files: str = "raise"
     workers: int | None = None
 
