@@ -3,6 +3,7 @@
 python scripts/bench.py rollout            environment steps/s: rendering every step, once a chunk, never
                                            (--family calvin: CALVIN's chains)
 python scripts/bench.py loader             samples/s: frame store, and CALVIN's files read directly
+python scripts/bench.py probe              seconds of a frozen-encoder probe: first, second, without kept tokens
 python scripts/bench.py latency            ms per action chunk of every baseline and size, on the device at hand
 python scripts/bench.py latency --baseline flower pi0 --size tiny --json latency.json
 """
@@ -60,7 +61,13 @@ def arguments() -> argparse.Namespace:
     three.add_argument("--data", type=Path, help="a CALVIN split (default: made-up frames of the same size)")
     three.add_argument("--batches", type=int, default=8, help="of 32 samples, per measurement")
     three.add_argument("--rounds", type=int, default=5, help="interleaved measurements of each way")
-    for command, measure in ((one, rollout), (two, latency), (three, loader)):
+    four = commands.add_parser("probe", help="a frozen-encoder probe with its tokens kept on disk, and without")
+    four.add_argument("--baseline", choices=list(POLICIES), default="vlm4vla")
+    four.add_argument("--size", choices=["tiny", "small", "full"], default="small")
+    four.add_argument("--frames", type=int, default=1500, help="of the task (a LIBERO task has about 7,000)")
+    four.add_argument("--steps", type=int, default=1000, help="of the probe's training")
+    four.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    for command, measure in ((one, rollout), (two, latency), (three, loader), (four, probe)):
         command.set_defaults(measure=measure)
         command.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
@@ -77,6 +84,16 @@ def loader(options: argparse.Namespace):
     from vla.bench.loader import measure, show
 
     result = measure(options.data, options.batches, options.rounds)
+    return show(result), result
+
+
+def probe(options: argparse.Namespace):
+    import torch
+
+    from vla.bench.probe import measure, show
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    result = measure(options.baseline, options.size, options.frames, options.steps, device)
     return show(result), result
 
 

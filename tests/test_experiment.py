@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -86,6 +88,19 @@ def test_lists_are_one_value():
 def test_a_policy_given_is_the_only_one():
     jobs = cells("evaluate", "experiment=idl_table6", "-m", "policy=weights/x", "evaluation.workers=3")
     assert [job for job in jobs[0] if job.startswith("policy")] == ["policy=weights/x"] and len(jobs) == 1
+
+
+def test_the_command_line_is_in_hydras_order(tmp_path):
+    """Flags anywhere; each run that is missing is one line that says how to train it, and stops no other."""
+    words = ["experiment=idl_table6", "size=tiny", "-m", "trainer=cpu", "seed=0", "episodes=2"]
+    done = subprocess.run(
+        [sys.executable, CONF.parent / "evaluate.py", *words], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert told.pop() == "error: 3 of the sweep's runs ended with the errors above"
+    for arm, line in zip(("vanilla", "aux", "ptr"), told, strict=True):
+        assert f"-{arm}-" in line and "does not exist yet; train it: python train.py benchmark=calvin_abc_d" in line
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -44,23 +47,42 @@ def main(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
 
             @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
             def compose_and_run(cfg: DictConfig) -> Any:
-                with one_line(name):  # inside too: Hydra prints a line of its own for what leaves a job
-                    return run(typed(cfg))
+                try:
+                    with one_line(name):  # inside too: Hydra prints a line of its own for what leaves a job
+                        return run(typed(cfg))
+                except SystemExit as mistake:
+                    if mistake.code != 2 or not swept_here():
+                        raise
+                    failed.append(mistake)  # the sweep's other cells are run all the same
 
+            failed: list[SystemExit] = []
             with one_line(name):
                 sys.argv[1:] = expand(name, sys.argv[1:], CONF)
                 compose_and_run()
+            if failed:
+                fail(f"{len(failed)} of the sweep's runs ended with the errors above")
 
         return entry
 
     return decorate
 
 
+def swept_here() -> bool:
+    """Whether this is one of several runs of a sweep in this very process."""
+    job = HydraConfig.get()
+    return job.mode == RunMode.MULTIRUN and job.launcher._target_.endswith("BasicLauncher")
+
+
 def compose_config(name: str, *overrides: str) -> Any:
     """The frozen dataclass of conf/<name>.yaml with command-line overrides, for callers that are not a command line."""
     register()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return typed(hydra.compose(name, overrides=list(overrides)))
+    running = GlobalHydra.instance()
+    job, running.hydra = running.hydra, None  # of an entry point that asks what another would have composed
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            return typed(hydra.compose(name, overrides=list(overrides)))
+    finally:
+        running.hydra = job
 
 
 @contextlib.contextmanager
@@ -125,7 +147,6 @@ def choices(group: str) -> list[str]:
 def known_keys(name: str) -> list[str]:
     """Every dotted key of the default composition, and the group names."""
     from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
 
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):

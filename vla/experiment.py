@@ -52,7 +52,9 @@ def expand(program: str, arguments: list[str], conf: Path) -> list[str]:
         sweep = sweeps(table["train"], rest)
     if len(runs) > 1 and not {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & set(ours):
         raise UserError(f"experiment={named[-1]} has {len(runs)} runs; add -m to run them all")
-    return [*sweep, *ours]
+    overrides = [argument for argument in ours if "=" in argument and not argument.startswith("-")]
+    flags = [argument for argument in ours if argument not in overrides]
+    return [*flags, *sweep, *overrides]  # argparse takes one run of positional arguments only
 
 
 def read(name: str, conf: Path) -> dict[str, dict[str, Any]]:
