@@ -23,7 +23,11 @@ CAMERA_KEYS = {"static": "agentview_rgb", "wrist": "eye_in_hand_rgb"}
 PAIRINGS = ("aligned", "official")
 ROTATIONS = ("rotate180", "upright")
 FILE_SUFFIX = "_demo.hdf5"
-SUITES = {"libero_four": ("libero_spatial", "libero_object", "libero_goal", "libero_10")}
+_FOUR = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+SUITES = {"libero_four": _FOUR} | {
+    suite.replace("libero_", "libero_pro_"): tuple(f"{suite}_{kind}" for kind in ("lan", "object", "swap", "task"))
+    for suite in _FOUR
+}
 """Several suites under one name; any other name is a suite."""
 
 

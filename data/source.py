@@ -217,9 +217,9 @@ def chosen_tasks(benchmark: BenchmarkConfig) -> list[str] | None:
     """The names of benchmark.tasks, numbered through the benchmark's suites; None for all."""
     if benchmark.tasks is None:
         return None
-    from envs.libero import task_list
+    from envs.libero_files import task_list
 
-    names = [name for suite in suites_of(benchmark.suite) for name, _ in task_list(suite)]
+    names = [name for name, _ in task_list(benchmark.suite)]
     return [names[task] for task in benchmark.tasks]
 
 

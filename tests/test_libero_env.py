@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from envs.experts import RECIPES, expert, recipe_for
-from envs.libero import MAX_STEPS, LiberoEnv, task_list
+from envs.libero import LiberoEnv
+from envs.libero_files import MAX_STEPS, task_list
 from vla.errors import UserError
 
 SUITE, BOWL_ON_PLATE = "libero_goal", 8
