@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 RUN = .venv/bin/python
 
 # make calvin installs the CALVIN simulator, which is not on PyPI, at the commits this code was measured with
-.PHONY: calvin setup demo test test-slow lint clean
+.PHONY: calvin simpler setup demo test test-slow lint clean
 
 setup: .venv/.ready
 
@@ -14,6 +14,10 @@ setup: .venv/.ready
 
 calvin: setup
 	@bash scripts/setup_calvin.sh
+
+# make simpler installs ManiSkill3, for SimplerEnv's WidowX tasks, and a software Vulkan driver where none works
+simpler: setup
+	@bash scripts/setup_simpler.sh
 
 demo: setup
 	@$(RUN) scripts/demo.py

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from vla.cli import main
-from vla.config import EXPERT, REPLAY, EvaluateConfig
+from vla.config import EXPERT, NOTHING, REPLAY, EvaluateConfig
 from vla.errors import UserError
 from vla.experiment import RUN, policy_of_run
 
@@ -29,7 +29,7 @@ def evaluate(cfg: EvaluateConfig) -> dict:
     """Run one evaluation; returns what it wrote as its summary."""
     if cfg.evaluation.name == "rollout":
         return rollout(cfg)
-    if cfg.policy.startswith(REPLAY) or cfg.policy == EXPERT:
+    if cfg.policy.startswith(REPLAY) or cfg.policy in (EXPERT, NOTHING):
         raise UserError(f"evaluation={cfg.evaluation.name} needs a trained policy; {cfg.policy} has no vision encoder")
     return {"bc_probe": bc_probe, "state_probe": state_probe}.get(cfg.evaluation.name, measure)(cfg)
 
@@ -157,10 +157,11 @@ def load(cfg: EvaluateConfig, tap: str | None = None):
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    if cfg.policy == EXPERT:
-        from vla.replay import ExpertPolicy
+    if cfg.policy in (EXPERT, NOTHING):
+        from vla.replay import ExpertPolicy, NothingPolicy
 
-        return ExpertPolicy(), {"arm": "expert", "train_seed": None}, "expert"
+        policy = {EXPERT: ExpertPolicy, NOTHING: NothingPolicy}[cfg.policy]()
+        return policy, {"arm": cfg.policy, "train_seed": None}, cfg.policy
     if cfg.policy.startswith(REPLAY):
         from vla.replay import ReplayPolicy
 

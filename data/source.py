@@ -123,6 +123,8 @@ def source_of(
 
 
 def hint(benchmark: BenchmarkConfig) -> str:
+    if benchmark.family == "simpler":
+        return f"download {benchmark.folder} (RLDS or LeRobot v3), or set data.path=FOLDER"
     return (
         f"collect demonstrations with `python scripts/collect.py benchmark={benchmark.name}`, or set data.path=FOLDER"
     )

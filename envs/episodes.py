@@ -41,6 +41,9 @@ def simulator(cfg: EvaluateConfig, policy, about: dict) -> tuple[str, dict, list
         arguments |= {"renderer": resolve_renderer(benchmark.renderer)}
         return env, arguments, [EpisodeSpec(benchmark.name, "chain", seed) for seed in seeds]
 
+    if benchmark.family == "simpler":
+        return simpler(cfg, cameras, seeds)
+
     from data.libero import suites_of
     from envs.libero import ensure_gl
     from envs.libero_files import task_list
@@ -66,3 +69,22 @@ def simulator(cfg: EvaluateConfig, policy, about: dict) -> tuple[str, dict, list
         for seed in seeds
     ]
     return "envs.libero:LiberoEnv", arguments, episodes
+
+
+def simpler(cfg: EvaluateConfig, cameras: list[str], seeds: range) -> tuple[str, dict, list]:
+    """SimplerEnv's part of `simulator`: of every task, the episodes among `seeds`."""
+    from envs.simpler.maniskill3 import asset_folder
+    from envs.simpler.protocol import cells
+    from envs.simpler.vulkan import resolve_renderer
+
+    benchmark = cfg.benchmark
+    if benchmark.simulator != "maniskill3":
+        raise UserError(f"benchmark.simulator={benchmark.simulator} is not there yet; {benchmark.name} cannot be run")
+    asset_folder()
+    keys = ("success_rule", "background", "rotation", "action_scale", "max_steps")
+    arguments = {key: getattr(benchmark, key) for key in keys} | {"cameras": cameras}
+    arguments["renderer"] = resolve_renderer(benchmark.renderer) if cameras else "auto"
+    chosen = [cell for cell in cells(benchmark.suite, benchmark.groups) if cell.seed in seeds]
+    episodes = [EpisodeSpec(benchmark.name, cell.task, cell.seed, {"task": cell.task}) for cell in chosen]
+    env = "envs.simpler.experts:ExpertWidowX" if cfg.policy == EXPERT else "envs.simpler.maniskill3:WidowXEnv"
+    return env, arguments, episodes

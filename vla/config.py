@@ -19,7 +19,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from vla.errors import UserError
 from vla.policy_configs import POLICIES
 
-REPLAY, EXPERT = "replay:", "expert"
+REPLAY, EXPERT, NOTHING = "replay:", "expert", "nothing"
 """Values of `policy` that no training made (vla/replay.py)."""
 
 
@@ -116,6 +116,13 @@ class BenchmarkConfig:
     fixture_seed: int = 0
     scene: str = "D"
     renderer: str = "auto"
+    groups: list[str] | None = None
+    simulator: str = "maniskill3"
+    success_rule: str = "last_step"
+    background: str = "overlay"
+    paraphrases: str | None = None
+    rotation: str = "euler"
+    action_scale: float = 1.0
     max_steps: int | None = None
     chunk: int = MISSING
 

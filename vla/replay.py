@@ -44,6 +44,18 @@ class ReplayPolicy:
         return torch.from_numpy(self.actions[np.minimum(steps, len(self.actions) - 1)])
 
 
+class NothingPolicy:
+    """Holds still, gripper open: what a success test says of a scene that nobody touches."""
+
+    chunk = 10
+    cameras: tuple[str, ...] = ()
+
+    def predict(self, observation: dict) -> torch.Tensor:
+        """(B, chunk, 7)."""
+        hold = torch.tensor([0, 0, 0, 0, 0, 0, 1.0])
+        return hold.expand(len(observation["state"]), self.chunk, 7)
+
+
 class ExpertPolicy:
     """Passes on the action that an environment with a scripted expert gives in place of the state (ExpertChains)."""
 
