@@ -76,7 +76,7 @@ def test_fit_learns_and_reports_the_means_it_says():
     assert [step for step, _ in fit.validation_curve] == [50, 100] and len(fit.train_curve) == 120
     assert fit.train == pytest.approx(np.mean(fit.train_curve))
     assert fit.validation == pytest.approx(np.mean([value for _, value in fit.validation_curve]))
-    assert np.mean(fit.train_curve[-20:]) < 0.1 * np.mean(fit.train_curve[:4])
+    assert np.mean(fit.train_curve[-20:]) < 0.25 * np.mean(fit.train_curve[:4])
     again = fit_probe(lambda rows: x[rows], loss, (3, 4), 1, np.arange(150), np.arange(150, 200), chosen)
     assert again.train_curve == fit.train_curve
 
