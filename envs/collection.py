@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from data.libero import CAMERA_KEYS, FILE_SUFFIX
-from envs.experts import expert, recipe_for
+from envs.experts import check_solved, expert
 from envs.libero import HOLD, LiberoEnv, ensure_gl
 from envs.libero_files import task_list
 from vla.errors import UserError
@@ -94,7 +94,7 @@ def collect(
     todo: list[tuple[Settings, Path]] = []
     paths: list[Path] = []
     for task_id in task_ids:
-        recipe_for(suite, task_id)
+        check_solved(suite, task_id)
         settings = Settings(
             suite,
             task_id,

@@ -48,8 +48,6 @@ def simulator(cfg: EvaluateConfig, policy, about: dict) -> tuple[str, dict, list
     from envs.libero import ensure_gl
     from envs.libero_files import task_list
 
-    if cfg.policy == EXPERT:
-        raise UserError(f"policy=expert acts in CALVIN only, not in {benchmark.name}")
     known = [
         (suite, index, *names) for suite in suites_of(benchmark.suite) for index, names in enumerate(task_list(suite))
     ]
@@ -58,17 +56,23 @@ def simulator(cfg: EvaluateConfig, policy, about: dict) -> tuple[str, dict, list
         raise UserError(f"benchmark.tasks={unknown} is not in {benchmark.suite}; choose from 0 … {len(known) - 1}")
     told = getattr(policy, "instructions", None)  # of a policy that knows some tasks only
     chosen = [known[task] for task in tasks if told is None or known[task][3] in told]
+    if cfg.policy == EXPERT:
+        from envs.experts import check_solved
+
+        for suite, index, *_ in chosen:
+            check_solved(suite, index)
     ensure_gl()  # once here, not in every worker
     keys = ("resolution", "fixture_seed", "settle_steps", "start_displacement", "max_steps")
     arguments = {key: getattr(benchmark, key) for key in keys}
     # The image orientation is the one the policy was trained on.
-    arguments |= {"cameras": cameras, "image_rotation": about["image_rotation"]}
+    arguments |= {"cameras": cameras, "image_rotation": about.get("image_rotation", cfg.data.image_rotation)}
     episodes = [
         EpisodeSpec(suite, name, seed, {"suite": suite, "task_id": index})
         for suite, index, name, _ in chosen
         for seed in seeds
     ]
-    return "envs.libero:LiberoEnv", arguments, episodes
+    env = "envs.libero_expert:ExpertLibero" if cfg.policy == EXPERT else "envs.libero:LiberoEnv"
+    return env, arguments, episodes
 
 
 def simpler(cfg: EvaluateConfig, cameras: list[str], seeds: range) -> tuple[str, dict, list]:

