@@ -134,3 +134,20 @@ def test_masked_steps_do_not_count(baseline, store):
     batch["actions"][:, 1:] += 1
     torch.manual_seed(0)
     assert torch.equal(module.policy.loss(batch, visual)["loss"], before)
+
+
+@pytest.mark.parametrize("baseline", ["flower", "pi0"])
+def test_one_camera_is_encoded_alone(baseline, store):
+    """The probes read the static view only (IDL A.6); a policy of two cameras must not ask for the other."""
+    module, _ = build(baseline, "vanilla", store, "cameras=[static,wrist]")
+    policy = module.policy.eval()
+    size = policy.image_size
+    images = {
+        camera: torch.randint(256, (2, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        for camera in policy.cameras
+    }
+    with torch.inference_mode():
+        both = policy.encode_images(images)
+        alone = policy.encode_images({"static": images["static"]})
+    assert set(alone) == {"static"}
+    torch.testing.assert_close(alone["static"].tap, both["static"].tap, rtol=0, atol=0)

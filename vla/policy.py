@@ -68,7 +68,7 @@ class Policy(nn.Module):
         self.normalizer = normalizer
 
     def encode_images(self, images: dict[str, Tensor]) -> dict[str, VisualTokens]:
-        """Camera → visual tokens, for uint8 (B, 3, image_size, image_size) frames from `prepare`."""
+        """Camera → visual tokens of each camera given: uint8 (B, 3, image_size, image_size) frames from `prepare`."""
         raise NotImplementedError
 
     def loss(self, batch: dict, visual: dict[str, VisualTokens]) -> dict[str, Tensor]:

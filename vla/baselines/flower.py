@@ -159,7 +159,7 @@ class Flower(Policy):
     def encode_images(self, images: dict[str, Tensor]) -> dict[str, VisualTokens]:
         """Taps: pre_projector = DaViT's last feature map, post_projector = its mean and its positions, projected."""
         visual = {}
-        for camera in self.cameras:
+        for camera in images:
             pixels = (images[camera].float() / 255 - self.mean) / self.std
             tower = self.vision_tower(pixels, output_hidden_states=isinstance(self.tap_layer, int))
             embeds = tap = self.projector(tower.last_hidden_state)

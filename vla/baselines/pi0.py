@@ -159,7 +159,7 @@ class Pi0(Policy):
     def encode_images(self, images: dict[str, Tensor]) -> dict[str, VisualTokens]:
         """Taps: pre_projector = SigLIP's tokens after its last norm, post_projector = what the language model reads."""
         vlm, visual = self.pi0.model.vlm, {}
-        for camera in self.cameras:
+        for camera in images:
             pixels = images[camera].float() / 127.5 - 1
             tower = vlm.vision_tower(pixels, output_hidden_states=isinstance(self.tap_layer, int))
             embeds = vlm.multi_modal_projector(tower.last_hidden_state)

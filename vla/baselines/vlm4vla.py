@@ -149,7 +149,7 @@ class VLM4VLA(Policy):
         return [self.visual]
 
     def encode_images(self, images: dict[str, Tensor]) -> dict[str, VisualTokens]:
-        return {camera: self.visual(images[camera]) for camera in self.cameras}
+        return {camera: self.visual(frames) for camera, frames in images.items()}
 
     def decode(self, visual: dict[str, VisualTokens], instructions: list[str]) -> tuple[Tensor, Tensor]:
         """Normalised motion (B, H, 6) in (-1, 1) and gripper logits (B, H)."""
