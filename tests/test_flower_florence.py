@@ -12,6 +12,7 @@ from transformers import Florence2Config, Florence2ForConditionalGeneration
 
 from data.normalization import ActionNormalizer, ActionStatistics
 from vla.baselines.flower import Flower, resize_bilinear
+from vla.build import of_build
 from vla.cli import compose_config
 from vla.errors import UserError
 from vla.optim import make_optimizer
@@ -35,7 +36,7 @@ def normalizer() -> ActionNormalizer:
 def build(**changes) -> Flower:
     torch.manual_seed(0)
     own = dict(pretrained=None, vision_config=VISION, text_config=TEXT, dit_config=DIT, max_text_tokens=192)
-    return Flower.build(normalizer(), **policy_arguments(FULL) | own | changes)
+    return Flower.build(normalizer(), **of_build(policy_arguments(FULL)) | own | changes)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,7 @@ def test_no_decay_group_is_the_reference_s():
 def test_full_size_has_the_sheet_s_dimensions():
     """§4.1, §4.3, on the meta device."""
     with torch.device("meta"):
-        policy = Flower.build(normalizer(), **policy_arguments(FULL) | {"pretrained": None})
+        policy = Flower.build(normalizer(), **of_build(policy_arguments(FULL)) | {"pretrained": None})
     shapes = {name: tuple(value.shape) for name, value in policy.state_dict().items()}
     assert shapes["projector.image_projection.weight"] == (1024, 2048)
     assert shapes["projector.image_position_embed.row_embeddings.weight"] == (50, 1024)

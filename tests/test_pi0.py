@@ -11,6 +11,7 @@ from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGe
 
 from data.normalization import ActionNormalizer, ActionStatistics
 from vla.baselines.pi0 import Pi0, resize_with_pad
+from vla.build import of_build
 from vla.checkpoint import export_policy, load_policy
 from vla.cli import compose_config
 from vla.errors import UserError
@@ -459,7 +460,7 @@ def test_full_size_is_the_papers():
         hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1,
         vocab_size=257152,
     )  # fmt: skip
-    given = policy_arguments(cfg) | {"pretrained": None, "vision_config": vision, "text_config": text}
+    given = of_build(policy_arguments(cfg)) | {"pretrained": None, "vision_config": vision, "text_config": text}
     with torch.device("meta"):
         policy = Pi0.build(normalizer(), **given)
     pi0 = policy.pi0
@@ -495,7 +496,7 @@ def test_tiny_learns_a_batch_by_heart():
     """Seconds of training on four samples: the loss falls and the sampled actions come near the batch's."""
     cfg = compose_config("train", "baseline=pi0", "size=tiny")
     torch.manual_seed(0)
-    policy = Pi0.build(normalizer("q99"), **policy_arguments(cfg) | {"chunk": 2})
+    policy = Pi0.build(normalizer("q99"), **of_build(policy_arguments(cfg)) | {"chunk": 2})
     data = observation(("open", "close", "put the bowl on the plate", "push"), size=56)
     actions = torch.rand(4, 2, 7) * 1.6 - 0.8
     actions[..., 6] = (actions[..., 6] > 0).float()

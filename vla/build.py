@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib import import_module
 from typing import Any
 
@@ -11,9 +11,10 @@ from vla.config import InverseDynamicsConfig
 from vla.errors import UserError
 from vla.inverse_dynamics import InverseDynamics
 from vla.policy import Policy
-from vla.policy_configs import POLICIES
+from vla.policy_configs import POLICIES, IdeasConfig
 
 BASELINES = tuple(POLICIES)
+IDEAS = tuple(field.name for field in fields(IdeasConfig))
 
 
 def policy_class(name: str) -> type[Policy]:
@@ -24,8 +25,21 @@ def policy_class(name: str) -> type[Policy]:
 
 
 def build_policy(name: str, statistics: ActionStatistics, normalization: str, arguments: dict[str, Any]) -> Policy:
-    """A policy of baseline `name`; `arguments` are those of its `build`."""
-    return policy_class(name).build(ActionNormalizer(statistics, normalization), **arguments)
+    """A policy of baseline `name`; `arguments` are those of its `build`, and what IDEAS names."""
+    policy = policy_class(name).build(ActionNormalizer(statistics, normalization), **of_build(arguments))
+    apply_ideas(policy, arguments)
+    return policy
+
+
+def of_build(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of a run's policy arguments that a baseline's own `build` takes."""
+    return {key: value for key, value in arguments.items() if key not in IDEAS}
+
+
+def apply_ideas(policy: Policy, arguments: dict[str, Any]) -> None:
+    """GenVLA's changes to a policy that has its weights: what `arguments` switch on and it has not yet."""
+    if arguments.get("dual") and not policy.dual:
+        policy.make_dual()
 
 
 def build_inverse_dynamics(policy: Policy, cfg: InverseDynamicsConfig) -> InverseDynamics | None:

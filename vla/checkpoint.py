@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from data.normalization import ActionStatistics
-from vla.build import build_policy, policy_class
+from vla.build import apply_ideas, build_policy, policy_class
 from vla.errors import UserError
 from vla.policy import Policy
 
@@ -76,8 +76,11 @@ def initial_policy(path: Path, name: str, statistics: ActionStatistics, scheme: 
     if config["baseline"] != name:
         raise UserError(f"init_from={path} holds {config['baseline']}, not {name}; set baseline={config['baseline']}")
     own = {key: arguments[key] for key in policy_class(name).of_the_run}
+    if config["arguments"].get("dual") and not arguments["dual"]:
+        raise UserError(f"init_from={path} has two vision encoders (dual); set policy.dual=true")
     policy = build_policy(name, statistics, scheme, config["arguments"] | own | {"tokenizer": tokenizer})
     _load_weights(policy, path)
+    apply_ideas(policy, arguments)
     return policy
 
 

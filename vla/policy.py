@@ -31,7 +31,8 @@ class VisualTokens:
         embeds: (B, P, D) tokens that the policy's own decoder reads.
         tap: (B, P', C) tokens that inverse dynamics and the probes read.
         deepstack: further (B, P, D) tensors that some decoders add at deeper layers.
-        frames: uint8 (B, 3, h, w), where the policy's own decoder needs them again (SpatialVLA's depth).
+        frames: uint8 (B, 3, h, w), where the policy's own decoder needs them again (SpatialVLA's depth, and the frozen
+            tower of a dual encoder; `Policy.fused` puts that one's features in).
     """
 
     embeds: Tensor
@@ -55,10 +56,12 @@ class Policy(nn.Module):
         normalizer: physical ↔ normalised actions.
         tokenizer: saved beside the weights.
         ensemble: temperature of the temporal ensembling its paper rolls it out with, None for none (vla/ensemble.py).
+        dual: a frozen encoder stands beside the trained one (vla/dual_encoder.py).
     """
 
     tokenizer: PreTrainedTokenizerBase
     ensemble: float | None = None
+    dual: bool = False
     of_the_run: ClassVar[tuple[str, ...]] = ("chunk", "cameras", "tap")
     """Arguments of `build` that a run which starts from another policy's weights decides itself (init_from)."""
 
@@ -103,6 +106,19 @@ class Policy(nn.Module):
     def vision_modules(self) -> list[nn.Module]:
         """The modules behind the tap, so that a tap with nothing to train behind it can be refused."""
         raise NotImplementedError
+
+    def make_dual(self) -> None:
+        """Put a frozen copy of the vision encoder, as it is now, beside it; what the policy computes stays the same.
+
+        Raises:
+            UserError: the tap lies behind both encoders, where inverse dynamics would train on the frozen one too.
+        """
+        raise NotImplementedError
+
+    def fused(self, tokens: VisualTokens) -> VisualTokens:
+        """The tokens with the features of the frozen encoder in their `embeds`; as they are where there is none, or
+        where they are in already."""
+        return tokens
 
     def prepare(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resize uint8 (B, 3, h, w) frames to the policy's size; the same call in training and in `predict`."""

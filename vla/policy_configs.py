@@ -12,7 +12,17 @@ from omegaconf import MISSING
 
 
 @dataclass(frozen=True)
-class VLM4VLAConfig:
+class IdeasConfig:
+    """What GenVLA changes in a baseline, applied to one that is built (vla/build.py). GenVLA §III; fact sheet §8.
+
+    dual: a frozen vision encoder beside the trained one (vla/dual_encoder.py).
+    """
+
+    dual: bool = False
+
+
+@dataclass(frozen=True)
+class VLM4VLAConfig(IdeasConfig):
     """Fact sheet §3; the constructor of vla/baselines/vlm4vla.py explains each."""
 
     name: str = "vlm4vla"
@@ -31,7 +41,7 @@ class VLM4VLAConfig:
 
 
 @dataclass(frozen=True)
-class FlowerConfig:
+class FlowerConfig(IdeasConfig):
     """Fact sheet §4; the constructor of vla/baselines/flower.py explains each."""
 
     name: str = "flower"
@@ -51,7 +61,7 @@ class FlowerConfig:
 
 
 @dataclass(frozen=True)
-class SpatialVLAConfig:
+class SpatialVLAConfig(IdeasConfig):
     """Fact sheet §5; the constructor of vla/baselines/spatialvla.py explains each."""
 
     name: str = "spatialvla"
@@ -71,7 +81,7 @@ class SpatialVLAConfig:
 
 
 @dataclass(frozen=True)
-class OpenVLAConfig:
+class OpenVLAConfig(IdeasConfig):
     """Fact sheet §6; the constructor of vla/baselines/openvla.py explains each."""
 
     name: str = "openvla"
@@ -84,11 +94,12 @@ class OpenVLAConfig:
     space_id: int | None = None
     bins_end: int | None = None
     center_crop: bool = False
+    frozen_tower: str = "siglip"
     attention: str = "sdpa"
 
 
 @dataclass(frozen=True)
-class Pi0Config:
+class Pi0Config(IdeasConfig):
     """Fact sheet §7; the constructor of vla/baselines/pi0.py explains each."""
 
     name: str = "pi0"

@@ -34,6 +34,7 @@ from transformers import (
 
 from data.normalization import ActionNormalizer
 from vla.dit import FlowTransformer
+from vla.dual_encoder import Frozen, beside, mixer
 from vla.errors import UserError
 from vla.flow import beta_times, euler, initial_noise, interpolate, logit_normal_times, stratified_times
 from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized
@@ -160,15 +161,28 @@ class Flower(Policy):
         """Taps: pre_projector = DaViT's last feature map, post_projector = its mean and its positions, projected."""
         visual = {}
         for camera in images:
-            pixels = (images[camera].float() / 255 - self.mean) / self.std
-            tower = self.vision_tower(pixels, output_hidden_states=isinstance(self.tap_layer, int))
+            tower = self.vision_tower(self.pixels(images[camera]), output_hidden_states=isinstance(self.tap_layer, int))
             embeds = tap = self.projector(tower.last_hidden_state)
             if self.tap_layer == "pre_projector":
                 tap = tower.last_hidden_state.flatten(2).transpose(1, 2)
             elif self.tap_layer != "post_projector":
                 tap = tower.hidden_states[self.tap_layer + 1].flatten(2).transpose(1, 2)
-            visual[camera] = VisualTokens(embeds, tap)
+            visual[camera] = VisualTokens(embeds, tap, frames=images[camera] if self.dual else None)
         return visual
+
+    def pixels(self, frames: Tensor) -> Tensor:
+        return (frames.float() / 255 - self.mean) / self.std
+
+    def make_dual(self) -> None:
+        self.dual = True
+        self.frozen_tower, self.frozen_projector = Frozen(self.vision_tower), Frozen(self.projector)
+        self.mixer = mixer(self.encoder.config.d_model)
+
+    def fused(self, tokens: VisualTokens) -> VisualTokens:
+        if tokens.frames is None:
+            return tokens
+        frozen = self.frozen_projector(self.frozen_tower(self.pixels(tokens.frames)).last_hidden_state)
+        return VisualTokens(self.mixer(beside(frozen, tokens.embeds)), tokens.tap)
 
     def context(
         self, visual: dict[str, VisualTokens], instructions: list[str], attend_padding: bool
@@ -176,7 +190,7 @@ class Flower(Policy):
         """What the flow transformer attends to, (B, L, dim), and which of it counts, bool (B, L); None for all."""
         ids, valid = self.tokenize(instructions, self.flow.device)
         text = self.encoder.embed_tokens(ids)
-        images = torch.cat([visual[camera].embeds for camera in self.cameras], dim=1).to(text.dtype)
+        images = torch.cat([self.fused(visual[camera]).embeds for camera in self.cameras], dim=1).to(text.dtype)
         embeds = torch.cat([images, self.flow.expand(len(ids), 1, -1), text], dim=1)
         valid = F.pad(valid, (embeds.shape[1] - ids.shape[1], 0), value=True)
         mask = None if attend_padding else valid

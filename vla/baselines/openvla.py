@@ -34,6 +34,7 @@ from transformers import (
 from data.augment import centre_crop
 from data.normalization import ActionNormalizer
 from vla.action_tokens.bins import UniformBins
+from vla.dual_encoder import require_own_tap
 from vla.errors import UserError
 from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized, hold_last
 from vla.released.openvla import read
@@ -45,6 +46,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_AREA = 0.9
 DIMS = GRIPPER + 1
 IGNORED = -100
+TOWERS = ("dino", "siglip")
 
 
 class OpenVLA(Policy):
@@ -59,6 +61,7 @@ class OpenVLA(Policy):
             before the action tokens of the training texts and has to be appended to a prompt. None: no such token.
         bins_end: the action tokens are the 256 ids before this one.
         center_crop: what a policy trained on random crops is to be shown (§1.2); in `predict` only.
+        frozen_tower: which of the two a dual encoder freezes, siglip (the public GenVLA code) or dino.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class OpenVLA(Policy):
         space_id: int | None,
         bins_end: int,
         center_crop: bool,
+        frozen_tower: str = "siglip",
     ):
         super().__init__(chunk, cameras, image_size, tap, normalizer)
         if len(cameras) != 1:
@@ -97,6 +101,9 @@ class OpenVLA(Policy):
         self.tap_layer = parse_tap(tap, min(m.config.num_hidden_layers for m in (dino, siglip)) - 1)
         self.prompt, self.space_id, self.center_crop = prompt, space_id, center_crop
         self.bins = UniformBins(bins_end)
+        if frozen_tower not in TOWERS:
+            raise UserError(f"policy.frozen_tower={frozen_tower} is not known; choose {' or '.join(TOWERS)}")
+        self.frozen_tower = frozen_tower
 
     @classmethod
     def build(
@@ -166,27 +173,58 @@ class OpenVLA(Policy):
         }
 
     def vision_modules(self) -> list[nn.Module]:
+        if self.dual:
+            return [self.trained_tower]
         return [self.dino, self.siglip] + ([self.projector] if self.tap_layer == "post_projector" else [])
 
+    def make_dual(self) -> None:
+        """Of its two towers one is frozen from here on (`frozen_tower`), the other trained."""
+        require_own_tap(self.tap_layer)
+        self.dual = True
+        getattr(self, self.frozen_tower).requires_grad_(False).eval()
+
+    @property
+    def trained_tower(self) -> nn.Module:
+        return self.siglip if self.frozen_tower == "dino" else self.dino
+
+    def train(self, mode: bool = True) -> OpenVLA:
+        super().train(mode)
+        if self.dual:
+            getattr(self, self.frozen_tower).eval()
+        return self
+
     def encode_images(self, images: dict[str, Tensor]) -> dict[str, VisualTokens]:
+        """Under a dual encoder `embeds` and the tap are the trained tower's alone until `fused`."""
         camera = self.cameras[0]
-        pixels = images[camera].float() / 255
-        mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-        layers = isinstance(self.tap_layer, int)
-        dino = self.dino((pixels - mean) / std, output_hidden_states=layers)
-        siglip = self.siglip(2 * pixels - 1, output_hidden_states=layers)
-
-        def fuse(dino: Tensor, siglip: Tensor) -> Tensor:
-            prefix = 1 + self.dino.config.num_register_tokens  # CLS and registers
-            return torch.cat([dino[:, prefix:], siglip], dim=-1)
-
-        fused = fuse(dino.last_hidden_state, siglip.last_hidden_state)
+        frames = images[camera]
+        if self.dual:
+            tokens, tap = self.tower("siglip" if self.frozen_tower == "dino" else "dino", frames)
+            return {camera: VisualTokens(tokens, tap, frames=frames)}
+        fused, tap = (torch.cat(both, dim=-1) for both in zip(*(self.tower(t, frames) for t in TOWERS), strict=True))
         embeds = self.projector(fused)
-        if layers:
-            tap = fuse(*(output.hidden_states[self.tap_layer + 1] for output in (dino, siglip)))
+        return {camera: VisualTokens(embeds, embeds if self.tap_layer == "post_projector" else tap)}
+
+    def tower(self, name: str, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch tokens (B, P, C) of uint8 frames from "dino" or "siglip": the last, and those of the tap's layer."""
+        pixels, model = frames.float() / 255, getattr(self, name)
+        if name == "dino":
+            mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+            pixels, prefix = (pixels - mean) / std, 1 + self.dino.config.num_register_tokens  # CLS and registers
         else:
-            tap = fused if self.tap_layer == "pre_projector" else embeds
-        return {camera: VisualTokens(embeds, tap)}
+            pixels, prefix = 2 * pixels - 1, 0
+        layers = isinstance(self.tap_layer, int)
+        output = model(pixels, output_hidden_states=layers)
+        tap = output.hidden_states[self.tap_layer + 1] if layers else output.last_hidden_state
+        return output.last_hidden_state[:, prefix:], tap[:, prefix:]
+
+    def fused(self, tokens: VisualTokens) -> VisualTokens:
+        if tokens.frames is None:
+            return tokens
+        with torch.no_grad():
+            frozen, _ = self.tower(self.frozen_tower, tokens.frames)
+        towers = {self.frozen_tower: frozen}
+        both = torch.cat([towers.get(name, tokens.embeds) for name in TOWERS], dim=-1)
+        return VisualTokens(self.projector(both), tokens.tap)
 
     def tokenize(self, instructions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Ids (B, T) of BOS, the prompt and the space token, padded on the right with 0, and their lengths (B,)."""
@@ -204,7 +242,7 @@ class OpenVLA(Policy):
     def embed(self, visual: dict[str, VisualTokens], ids: Tensor) -> Tensor:
         """Input embeddings (B, P + T, D) of ids (B, T), the P visual tokens behind BOS."""
         text = self.language_model.model.embed_tokens(ids)
-        return torch.cat([text[:, :1], visual[self.cameras[0]].embeds.to(text.dtype), text[:, 1:]], dim=1)
+        return torch.cat([text[:, :1], self.fused(visual[self.cameras[0]]).embeds.to(text.dtype), text[:, 1:]], dim=1)
 
     def loss(self, batch: dict, visual: dict[str, VisualTokens]) -> dict[str, Tensor]:
         """Cross-entropy on the action tokens and EOS (§6.2), and the share of action tokens that are right."""

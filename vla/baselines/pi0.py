@@ -38,6 +38,7 @@ from transformers import (
 from transformers.models.pi0.modeling_pi0 import PI0ActionTimeEmbedding
 
 from data.normalization import ActionNormalizer
+from vla.dual_encoder import Frozen, beside, require_own_tap, widened
 from vla.errors import UserError
 from vla.flow import beta_times, euler, initial_noise, interpolate
 from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized, hold_last, resize
@@ -162,18 +163,30 @@ class Pi0(Policy):
         for camera in images:
             pixels = images[camera].float() / 127.5 - 1
             tower = vlm.vision_tower(pixels, output_hidden_states=isinstance(self.tap_layer, int))
-            embeds = vlm.multi_modal_projector(tower.last_hidden_state)
+            embeds = tower.last_hidden_state if self.dual else vlm.multi_modal_projector(tower.last_hidden_state)
             taps = {"pre_projector": tower.last_hidden_state, "post_projector": embeds}
             tap = taps[self.tap_layer] if isinstance(self.tap_layer, str) else tower.hidden_states[self.tap_layer + 1]
-            visual[camera] = VisualTokens(embeds, tap)
+            visual[camera] = VisualTokens(embeds, tap, frames=images[camera] if self.dual else None)
         return visual
+
+    def make_dual(self) -> None:
+        require_own_tap(self.tap_layer)
+        vlm = self.pi0.model.vlm
+        self.dual, self.frozen = True, Frozen(vlm.vision_tower)
+        vlm.multi_modal_projector.linear = widened(vlm.multi_modal_projector.linear)
+
+    def fused(self, tokens: VisualTokens) -> VisualTokens:
+        if tokens.frames is None:
+            return tokens
+        frozen = self.frozen(tokens.frames.float() / 127.5 - 1).last_hidden_state
+        return VisualTokens(self.pi0.model.vlm.multi_modal_projector(beside(frozen, tokens.embeds)), tokens.tap)
 
     def prefix(self, visual: dict[str, VisualTokens], instructions: list[str]) -> tuple[Cache, Tensor]:
         """The language model's keys and values of images and prompt, and which of the L positions are no pad (B, L)."""
         ids, valid = self.tokenize(instructions, self.pi0.device)
         vlm = self.pi0.model.vlm
         text = vlm.language_model.embed_tokens(ids)
-        images = torch.cat([visual[camera].embeds for camera in self.cameras], dim=1).to(text.dtype)
+        images = torch.cat([self.fused(visual[camera]).embeds for camera in self.cameras], dim=1).to(text.dtype)
         valid = torch.cat([torch.ones_like(images[..., 0], dtype=torch.long), valid], dim=1)
         embeds = torch.cat([images, text], dim=1)
         cache = vlm(

@@ -43,6 +43,7 @@ from transformers import (
 
 from data.normalization import ActionNormalizer
 from vla.action_tokens.grid import TOKENS_PER_STEP, SpatialGrid, adapt_embeddings, add_action_tokens
+from vla.dual_encoder import Frozen, beside, require_own_tap, widened
 from vla.ego3d import Ego3D, estimate_depth
 from vla.errors import UserError
 from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized, hold_last
@@ -207,10 +208,7 @@ class SpatialVLA(Policy):
         language model reads, for which depth is estimated here."""
         (camera,) = self.cameras
         frames = images[camera]
-        tower = self.vision_tower(
-            (frames.float() / 127.5 - 1).to(self.vision_tower.dtype),
-            output_hidden_states=isinstance(self.tap_layer, int),
-        )
+        tower = self.vision_tower(self.pixels(frames), output_hidden_states=isinstance(self.tap_layer, int))
         embeds = tower.last_hidden_state
         if self.tap_layer == "post_projector":
             features = self.image_features(VisualTokens(embeds, embeds, frames=frames))
@@ -222,8 +220,20 @@ class SpatialVLA(Policy):
         """(B, P, D) for the language model: SigLIP's tokens and where they are in space, projected."""
         if tokens.frames is None:  # encode_images has projected them already
             return tokens.embeds
-        position = self.ego3d(estimate_depth(self.depth_model, tokens.frames))
-        return self.projector(tokens.embeds + position.to(tokens.embeds.dtype))
+        position = self.ego3d(estimate_depth(self.depth_model, tokens.frames)).to(tokens.embeds.dtype)
+        embeds = tokens.embeds + position
+        if self.dual:
+            frozen = self.frozen(self.pixels(tokens.frames)).last_hidden_state
+            embeds = beside(frozen.to(embeds.dtype) + position, embeds)
+        return self.projector(embeds)
+
+    def pixels(self, frames: Tensor) -> Tensor:
+        return (frames.float() / 127.5 - 1).to(self.vision_tower.dtype)
+
+    def make_dual(self) -> None:
+        require_own_tap(self.tap_layer)
+        self.dual, self.frozen = True, Frozen(self.vision_tower)
+        self.projector = widened(self.projector)
 
     def tokenize(self, instructions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Ids and validity (B, L) of BOS and the instruction in lower case with a newline, padded on the right."""

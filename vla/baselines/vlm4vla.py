@@ -10,6 +10,7 @@ Departures from the public code, each on purpose: DeepStack is on (the public cl
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfi
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from data.normalization import ActionNormalizer
+from vla.dual_encoder import Frozen, beside, mixer
 from vla.errors import UserError
 from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized
 from vla.tokenizer import byte_tokenizer
@@ -149,11 +151,32 @@ class VLM4VLA(Policy):
         return [self.visual]
 
     def encode_images(self, images: dict[str, Tensor]) -> dict[str, VisualTokens]:
-        return {camera: self.visual(frames) for camera, frames in images.items()}
+        visual = {camera: self.visual(frames) for camera, frames in images.items()}
+        return {c: replace(tokens, frames=images[c]) for c, tokens in visual.items()} if self.dual else visual
+
+    def make_dual(self) -> None:
+        self.dual, self.frozen = True, Frozen(self.visual)
+        width, layers = self.language_model.config.hidden_size, 1
+        if isinstance(self.visual, QwenVision) and self.deepstack:
+            layers += len(self.visual.model.deepstack_visual_indexes)
+        self.mixers = nn.ModuleList(mixer(width) for _ in range(layers))
+
+    def fused(self, tokens: VisualTokens) -> VisualTokens:
+        """The mean of both towers' tokens to start with, at the decoder's input and at each layer of the deepstack."""
+        if tokens.frames is None:
+            return tokens
+        frozen = self.frozen(tokens.frames)
+        embeds, *deepstack = (
+            mix(beside(a, b))
+            for mix, a, b in zip(
+                self.mixers, (frozen.embeds, *frozen.deepstack), (tokens.embeds, *tokens.deepstack), strict=False
+            )
+        )
+        return VisualTokens(embeds, tokens.tap, tuple(deepstack))
 
     def decode(self, visual: dict[str, VisualTokens], instructions: list[str]) -> tuple[Tensor, Tensor]:
         """Normalised motion (B, H, 6) in (-1, 1) and gripper logits (B, H)."""
-        tokens = visual["static"]
+        tokens = self.fused(visual["static"])
         ids, mask = self.tokenize(instructions, tokens.embeds.shape[1], tokens.embeds.device)
         embeds = self.language_model.embed_tokens(ids)
         is_image = ids == self.image_id
