@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 RUN = .venv/bin/python
 
 # make calvin installs the CALVIN simulator, which is not on PyPI, at the commits this code was measured with
-.PHONY: calvin simpler setup demo test test-slow lint clean
+.PHONY: calvin simpler simpler-original setup demo test test-slow lint clean
 
 setup: .venv/.ready
 
@@ -18,6 +18,10 @@ calvin: setup
 # make simpler installs ManiSkill3, for SimplerEnv's WidowX tasks, and a software Vulkan driver where none works
 simpler: setup
 	@bash scripts/setup_simpler.sh
+
+# make simpler-original installs SimplerEnv's own simulator, for the Google Robot, in an interpreter of its own
+simpler-original: simpler
+	@bash scripts/setup_simpler_original.sh
 
 demo: setup
 	@$(RUN) scripts/demo.py
@@ -32,4 +36,4 @@ lint: setup
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-simpler .pytest_cache .ruff_cache .hypothesis

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from envs.pool import EpisodeSpec
 from vla.config import EXPERT, EvaluateConfig
 from vla.errors import UserError
+
+ALL = 10**6
+"""More episodes than any task has."""
 
 
 def execution(cfg: EvaluateConfig, policy) -> tuple[float | None, int]:
@@ -25,7 +30,7 @@ def execution(cfg: EvaluateConfig, policy) -> tuple[float | None, int]:
 def simulator(cfg: EvaluateConfig, policy, about: dict) -> tuple[str, dict, list]:
     """(environment factory, its arguments, the episodes) of the benchmark, checked before anything starts."""
     benchmark, cameras = cfg.benchmark, list(getattr(policy, "cameras", ["static"]))
-    seeds = range(cfg.first_seed, cfg.first_seed + cfg.episodes)
+    seeds = range(cfg.first_seed, cfg.first_seed + (cfg.episodes or ALL))
     if benchmark.family == "calvin":
         from envs.calvin_sequences import TOTAL, sequences
         from envs.calvin_sim import package_root, resolve_renderer
@@ -43,6 +48,11 @@ def simulator(cfg: EvaluateConfig, policy, about: dict) -> tuple[str, dict, list
 
     if benchmark.family == "simpler":
         return simpler(cfg, cameras, seeds)
+
+    if benchmark.family == "real_robot":
+        raise UserError(
+            "a real robot is not simulated; serve the policy (scripts/serve.py), log trials (scripts/trial.py)"
+        )
 
     from data.libero import suites_of
     from envs.libero import ensure_gl
@@ -77,18 +87,53 @@ def simulator(cfg: EvaluateConfig, policy, about: dict) -> tuple[str, dict, list
 
 def simpler(cfg: EvaluateConfig, cameras: list[str], seeds: range) -> tuple[str, dict, list]:
     """SimplerEnv's part of `simulator`: of every task, the episodes among `seeds`."""
-    from envs.simpler.maniskill3 import asset_folder
     from envs.simpler.protocol import cells
+
+    benchmark = cfg.benchmark
+    if benchmark.simulator not in SIMPLER_SIMULATORS:
+        known = ", ".join(SIMPLER_SIMULATORS)
+        raise UserError(f"benchmark.simulator={benchmark.simulator} is not known; choose one of {known}")
+    chosen = [cell for cell in cells(benchmark.suite, benchmark.groups) if cell.seed in seeds]
+    episodes = [EpisodeSpec(benchmark.name, cell.task, cell.seed, {"task": cell.task}) for cell in chosen]
+    keys = ("success_rule", "background", "rotation", "action_scale", "max_steps")
+    arguments = {key: getattr(benchmark, key) for key in keys} | {"cameras": cameras}
+    return *SIMPLER_SIMULATORS[benchmark.simulator](cfg, arguments), episodes
+
+
+def maniskill3(cfg: EvaluateConfig, arguments: dict) -> tuple[str, dict]:
+    """Factory and arguments of ManiSkill3's environment, which has WidowX and the benchmark's own words only."""
+    from envs.simpler.maniskill3 import asset_folder
     from envs.simpler.vulkan import resolve_renderer
 
     benchmark = cfg.benchmark
-    if benchmark.simulator != "maniskill3":
-        raise UserError(f"benchmark.simulator={benchmark.simulator} is not there yet; {benchmark.name} cannot be run")
+    if benchmark.suite != "widowx" or benchmark.paraphrases is not None:
+        raise UserError(f"{benchmark.name} is not on ManiSkill3; set benchmark.simulator=original")
     asset_folder()
-    keys = ("success_rule", "background", "rotation", "action_scale", "max_steps")
-    arguments = {key: getattr(benchmark, key) for key in keys} | {"cameras": cameras}
-    arguments["renderer"] = resolve_renderer(benchmark.renderer) if cameras else "auto"
-    chosen = [cell for cell in cells(benchmark.suite, benchmark.groups) if cell.seed in seeds]
-    episodes = [EpisodeSpec(benchmark.name, cell.task, cell.seed, {"task": cell.task}) for cell in chosen]
+    arguments["renderer"] = resolve_renderer(benchmark.renderer) if arguments["cameras"] else "auto"
     env = "envs.simpler.experts:ExpertWidowX" if cfg.policy == EXPERT else "envs.simpler.maniskill3:WidowXEnv"
-    return env, arguments, episodes
+    return env, arguments
+
+
+def original(cfg: EvaluateConfig, arguments: dict) -> tuple[str, dict]:
+    """Factory and arguments of the original SimplerEnv, for workers under `interpreter(cfg)`."""
+    from envs.simpler.sapien2 import resolve_renderer
+
+    benchmark = cfg.benchmark
+    if cfg.policy == EXPERT:
+        raise UserError(
+            "the original SimplerEnv has no scripted expert; benchmark.simulator=maniskill3 has one of WidowX"
+        )
+    renderer = resolve_renderer(interpreter(cfg), benchmark.renderer)
+    shader = {"gpu": "rt", "cpu": "ibl"}[renderer] if benchmark.shader == "auto" else benchmark.shader
+    arguments |= {"suite": benchmark.suite, "paraphrases": benchmark.paraphrases}
+    return "envs.simpler.original:OriginalEnv", arguments | {"renderer": renderer, "shader": shader}
+
+
+SIMPLER_SIMULATORS = {"maniskill3": maniskill3, "original": original}
+
+
+def interpreter(cfg: EvaluateConfig) -> Path | None:
+    """The interpreter that the simulator needs for itself, None where it is this one."""
+    if cfg.benchmark.family != "simpler" or cfg.benchmark.simulator != "original":
+        return None
+    return Path(__file__).resolve().parents[1] / cfg.benchmark.python

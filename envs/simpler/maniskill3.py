@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.spatial.transform import Rotation
 
 from envs.simpler.actions import ROTATIONS, controller_angles, motion, widowx_gripper
 from envs.simpler.masking import BACKGROUNDS, mask_background
+from envs.simpler.proprioception import bridge_state
 from envs.simpler.protocol import SUCCESS_RULES, cells
 from envs.simpler.vulkan import choose_driver, resolve_renderer
 from vla.errors import UserError
@@ -44,9 +44,6 @@ _DATA = "data/tasks/bridge_v2_real2sim_dataset"
 _STAGES = ("stages/bridge_table_1_v1.glb", "stages/bridge_table_1_v2.glb")
 _PROXY_BYTES = 100_000  # the real stages are of several megabytes, a box that stands in for one is of two kilobytes
 _EGGPLANT = (8, (1, 2, 0))  # orientations in ManiSkill3, and which of them are labelled 0, 45 and −45°
-_TOP_DOWN = Rotation.from_matrix([[0, 0, 1], [0, 1, 0], [-1, 0, 0]])
-"""The hand's pose that BridgeData's rotations count from (bridge_data_robot, widowx_controller.py)."""
-_FINGERS = (0.015, 0.037)
 
 
 class WidowXEnv:
@@ -166,16 +163,10 @@ class WidowXEnv:
         return {"images": self._frames or {}, "state": self.proprioception(), "instruction": self.instruction}
 
     def proprioception(self) -> np.ndarray:
-        """(7,) float32 as BridgeData's state: x, y, z (m), roll, pitch, yaw (rad), opening of the gripper in [0, 1].
-
-        In the axes of the robot's base; the rotation counts from the hand pointing down.
-        """
+        """(7,) float32 as BridgeData's state, see `bridge_state`."""
         agent = self.maniskill.agent
         pose = agent.robot.pose.inv() * agent.robot.links_map["ee_gripper_link"].pose
-        turn = Rotation.from_quat(pose.q[0].numpy(), scalar_first=True) * _TOP_DOWN.inv()
-        fingers = agent.robot.get_qpos()[0, 6:8].numpy()
-        opening = (fingers.mean() - _FINGERS[0]) / (_FINGERS[1] - _FINGERS[0])
-        return np.concatenate([pose.p[0].numpy(), turn.as_euler("xyz"), [np.clip(opening, 0, 1)]]).astype(np.float32)
+        return bridge_state(pose.p[0].numpy(), pose.q[0].numpy(), agent.robot.get_qpos()[0, 6:8].numpy())
 
     def kept_ids(self) -> np.ndarray:
         """Segmentation ids of what stands before the background: the robot's links and the task's visible objects."""
