@@ -31,18 +31,21 @@ def evaluate(cfg: EvaluateConfig) -> dict:
         return rollout(cfg)
     if cfg.policy.startswith(REPLAY) or cfg.policy in (EXPERT, NOTHING):
         raise UserError(f"evaluation={cfg.evaluation.name} needs a trained policy; {cfg.policy} has no vision encoder")
-    return {"bc_probe": bc_probe, "state_probe": state_probe}.get(cfg.evaluation.name, measure)(cfg)
+    others = {"bc_probe": bc_probe, "state_probe": state_probe, "latency": latency, "vqa": vqa, "cifar10": cifar10}
+    return others.get(cfg.evaluation.name, measure)(cfg)
 
 
 def rollout(cfg: EvaluateConfig) -> dict:
-    """`episodes` rollouts of every task, seeds first_seed … first_seed + episodes − 1."""
-    if cfg.episodes < 1:
+    """`episodes` rollouts of every task, seeds first_seed … first_seed + episodes − 1 (SimplerEnv: 0 is all)."""
+    if cfg.episodes < (0 if cfg.benchmark.family == "simpler" else 1):
         raise UserError(f"episodes={cfg.episodes} runs nothing; give episodes=1 or more")
     from envs.episodes import execution
 
     policy, about, checkpoint = load(cfg)
     ensemble, steps = execution(cfg, policy)
     header = identity(cfg, about, checkpoint) | {"evaluation": "rollout"}
+    if cfg.benchmark.family == "simpler":
+        header |= {"protocol": cfg.benchmark.suite, "groups": cfg.benchmark.groups}
     return roll_out(cfg, policy, about, header, ensemble, steps)
 
 
@@ -50,7 +53,7 @@ def roll_out(
     cfg: EvaluateConfig, policy, about: dict, header: dict, ensemble: float | None, steps: int, out: Path | None = None
 ) -> dict:
     """Run what is missing of the episodes and print the rate; `out` is the folder to put a folder of records into."""
-    from envs.episodes import simulator
+    from envs.episodes import interpreter, simulator
     from envs.rollout import run_rollouts
 
     env, env_kwargs, episodes = simulator(cfg, policy, about)
@@ -73,6 +76,7 @@ def roll_out(
         exact=cfg.evaluation.exact,
         ensemble=ensemble,
         videos=cfg.evaluation.videos,
+        python=interpreter(cfg),
     )
     summary = result.summary
     low, high = summary["interval"]
@@ -136,6 +140,55 @@ def measure(cfg: EvaluateConfig) -> dict:
     return result
 
 
+def latency(cfg: EvaluateConfig) -> dict:
+    """Milliseconds per action with percentiles, of the policy alone and through its server."""
+    from envs.records import write_atomic
+    from vla.bench.latency import describe
+    from vla.bench.served import latency_of, tell
+
+    if cfg.evaluation.repeats < 1:
+        raise UserError(f"evaluation.repeats={cfg.evaluation.repeats} times nothing; give 1 or more")
+    policy, about, checkpoint = load(cfg)
+    header = identity(cfg, about, checkpoint) | {"evaluation": "latency", "device": describe(cfg.device)}
+    result = header | latency_of(policy, about, cfg)
+    out = folder(cfg, header)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "latency.json", json.dumps(result, indent=2) + "\n")
+    for line in tell(result):
+        print(f"{header['arm']}: {line}; {out}")
+    return result
+
+
+def vqa(cfg: EvaluateConfig) -> dict:
+    """Questions about pictures to the policy's own language model; nothing of `benchmark` or `data` is read."""
+    from vla.analysis.vqa import vqa_probe
+
+    policy, about, checkpoint = load(cfg)
+    cfg = replace(cfg, benchmark=replace(cfg.benchmark, name="vqa"))
+    who = identity(cfg, about, checkpoint)
+    results = vqa_probe(cfg.evaluation.vqa, policy, who, lambda header: folder(cfg, header), cfg.device)
+    for name, result in results.items():
+        unasked = f", {result['missing']} not asked" if result["missing"] else ""
+        print_estimates(who["arm"], {name: result["accuracy"]}, (name,), "accuracy", f"{result['folder']}{unasked}")
+    return results
+
+
+def cifar10(cfg: EvaluateConfig) -> dict:
+    """A linear probe and a t-SNE picture of the vision encoder's features on CIFAR-10."""
+    from vla.analysis.cifar10 import cifar10_probe
+
+    policy, about, checkpoint = load(cfg, tap=cfg.evaluation.tap)
+    cfg = replace(cfg, benchmark=replace(cfg.benchmark, name="cifar10"))
+    of = asdict(cfg.evaluation.cifar10)
+    apart = ("path", "batch_size")  # neither can change an outcome
+    header = identity(cfg, about, checkpoint) | {"evaluation": "cifar10", "tap": policy.tap}
+    header |= {"cifar10": {key: value for key, value in of.items() if key not in apart}}
+    out, keep = folder(cfg, header), cfg.evaluation.features == "keep"
+    result = cifar10_probe(cfg.evaluation.cifar10, policy, checkpoint, header, out, cfg.device, keep)
+    print_estimates(header["arm"], result, ("accuracy",), "", out)
+    return result
+
+
 def demonstrations(cfg: EvaluateConfig, policy, about: dict):
     """The frame store of data.path, seen the way up that the policy was trained with."""
     from data.source import open_source
@@ -144,7 +197,7 @@ def demonstrations(cfg: EvaluateConfig, policy, about: dict):
     return open_source(cfg.benchmark, data, cameras=policy.cameras)
 
 
-def print_estimates(arm: str, result: dict, names: tuple[str, ...], unit: str, out: Path) -> None:
+def print_estimates(arm: str, result: dict, names: tuple[str, ...], unit: str, out: Path | str) -> None:
     for name in names:
         if cell := result.get(name):
             interval = f"[{cell['low']:.3f}, {cell['high']:.3f}], n = {cell['n']}"

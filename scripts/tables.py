@@ -51,6 +51,9 @@ def run(
     from vla.analysis import tables
     from vla.analysis.chains import chains_table
     from vla.analysis.probe_tables import load_losses
+    from vla.analysis.simpler_tables import protocol_scores
+    from vla.analysis.simpler_tables import show as show_scores
+    from vla.analysis.vqa_tables import show_representations
 
     for path in (csv, latex, alignment, probes):
         if path is not None and not path.absolute().parent.is_dir():
@@ -61,7 +64,9 @@ def run(
     console = Console(width=width, markup=False, highlight=False)
     show(console, results, comparisons)
     show_chains(console, *chains_table(episodes))
+    show_scores(console, protocol_scores(episodes), tables.titles(results))
     show_losses(console, load_losses(folder))
+    show_representations(console, folder)
     for note in tables.notes(episodes, results):
         console.print(f"Note: {note}")
     if csv is not None:

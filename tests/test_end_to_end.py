@@ -110,7 +110,11 @@ CASES = {
     "no statistics": ("evaluate.py", ["policy=bare"], "statistics.json"),
     "no such task": ("evaluate.py", ["policy={policy}", "benchmark.tasks=[10]"], "[10]"),
     "no such demonstrations": ("scripts/convert.py", ["data.path=nowhere"], "nowhere"),
-    "expert does not know": ("scripts/collect.py", ["benchmark=libero_90", "benchmark.tasks=[50]", "demos=1"], "no scripted expert"),
+    "expert does not know": (
+        "scripts/collect.py",
+        ["benchmark=libero_90", "benchmark.tasks=[50]", "demos=1"],
+        "no scripted expert",
+    ),
     "no results": ("scripts/tables.py", ["empty"], "holds no episodes.jsonl"),
 }
 

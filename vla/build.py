@@ -11,7 +11,7 @@ from vla.config import InverseDynamicsConfig
 from vla.errors import UserError
 from vla.inverse_dynamics import InverseDynamics
 from vla.policy import Policy
-from vla.policy_configs import POLICIES, IdeasConfig
+from vla.policy_configs import POLICIES, IdeasConfig, StringConfig
 
 BASELINES = tuple(POLICIES)
 IDEAS = tuple(field.name for field in fields(IdeasConfig))
@@ -27,8 +27,7 @@ def policy_class(name: str) -> type[Policy]:
 def build_policy(name: str, statistics: ActionStatistics, normalization: str, arguments: dict[str, Any]) -> Policy:
     """A policy of baseline `name`; `arguments` are those of its `build`, and what IDEAS names."""
     policy = policy_class(name).build(ActionNormalizer(statistics, normalization), **of_build(arguments))
-    apply_ideas(policy, arguments)
-    return policy
+    return apply_ideas(policy, arguments)
 
 
 def of_build(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -36,10 +35,24 @@ def of_build(arguments: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in arguments.items() if key not in IDEAS}
 
 
-def apply_ideas(policy: Policy, arguments: dict[str, Any]) -> None:
-    """GenVLA's changes to a policy that has its weights: what `arguments` switch on and it has not yet."""
+def apply_ideas(policy: Policy, arguments: dict[str, Any]) -> Policy:
+    """GenVLA's changes to a policy that has its weights: what `arguments` switch on and it has not yet.
+
+    Raises:
+        UserError: a value that is not known, or a baseline that cannot have it.
+    """
+    actions = arguments.get("actions", "native")
+    if actions not in ("native", "string"):
+        raise UserError(f"policy.actions={actions} is not known; choose native or string")
     if arguments.get("dual") and not policy.dual:
         policy.make_dual()
+    if (arguments.get("speaks") or actions == "string") and not policy.speaks:
+        policy.make_speaking(arguments.get("language_head", "tied"))
+    from vla.string_policy import StringPolicy
+
+    if actions == "string" and not isinstance(policy, StringPolicy):
+        policy = StringPolicy(policy, StringConfig(**arguments["string"]))
+    return policy
 
 
 def build_inverse_dynamics(policy: Policy, cfg: InverseDynamicsConfig) -> InverseDynamics | None:

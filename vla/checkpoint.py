@@ -78,10 +78,11 @@ def initial_policy(path: Path, name: str, statistics: ActionStatistics, scheme: 
     own = {key: arguments[key] for key in policy_class(name).of_the_run}
     if config["arguments"].get("dual") and not arguments["dual"]:
         raise UserError(f"init_from={path} has two vision encoders (dual); set policy.dual=true")
+    if config["arguments"].get("actions", "native") != "native" and arguments["actions"] == "native":
+        raise UserError(f"init_from={path} says its actions as text; set policy.actions=string")
     policy = build_policy(name, statistics, scheme, config["arguments"] | own | {"tokenizer": tokenizer})
     _load_weights(policy, path)
-    apply_ideas(policy, arguments)
-    return policy
+    return apply_ideas(policy, arguments)
 
 
 def load_policy(path: Path, device: str = "cpu", tap: str | None = None) -> tuple[Policy, dict]:

@@ -108,6 +108,7 @@ class BenchmarkConfig:
     suite: str = MISSING
     folder: str = "${.name}"  # under $VLA_DATA
     tasks: list[int] | None = None
+    trials: list[str] | None = None  # tasks of a real robot, by name
     cameras: list[str] = MISSING
     resolution: int = MISSING
     init_states: int = 50
@@ -118,6 +119,8 @@ class BenchmarkConfig:
     renderer: str = "auto"
     groups: list[str] | None = None
     simulator: str = "maniskill3"
+    python: str = ".venv-simpler/bin/python"  # of simulator=original; relative to the project's root
+    shader: str = "auto"
     success_rule: str = "last_step"
     background: str = "overlay"
     paraphrases: str | None = None
@@ -189,6 +192,60 @@ class ProbeConfig:
 
 
 @dataclass(frozen=True)
+class VQASetConfig:
+    """One benchmark: its annotation file (POPE: a folder of three), its pictures, and `{question}` in a prompt."""
+
+    annotations: str = ""
+    images: str = ""
+    prompt: str = ""
+
+
+@dataclass(frozen=True)
+class VQASetsConfig:
+    textvqa: VQASetConfig = field(default_factory=VQASetConfig)
+    pope: VQASetConfig = field(default_factory=VQASetConfig)
+    gqa: VQASetConfig = field(default_factory=VQASetConfig)
+    vizwiz: VQASetConfig = field(default_factory=VQASetConfig)
+    vsr: VQASetConfig = field(default_factory=VQASetConfig)
+
+
+@dataclass(frozen=True)
+class VQAConfig:
+    """Questions to a policy's language model (vla/analysis/vqa.py, vla/generation.py).
+
+    select: the benchmarks to run, all by default. limit: as many questions of each, drawn at random.
+    template: what stands around a prompt, with `{prompt}`; by default the baseline's own. lower_case: the prompt in
+    lower case. head: where Qwen's language head comes from, which a policy does not keep.
+    """
+
+    sets: VQASetsConfig = field(default_factory=VQASetsConfig)
+    select: list[str] | None = None
+    limit: int | None = None
+    batch_size: int = 16
+    max_new_tokens: int = 128
+    template: str | None = None
+    lower_case: bool = False
+    head: str | None = None
+
+
+@dataclass(frozen=True)
+class Cifar10Config:
+    """Linear probe and t-SNE of pooled visual tokens on CIFAR-10 (vla/analysis/cifar10.py).
+
+    train, test, tsne: how many images, drawn at random, as many of each class. l2: the penalties to choose among.
+    """
+
+    path: str = ""
+    train: int = 50000
+    test: int = 10000
+    tsne: int = 2000
+    perplexity: float = 30.0
+    batch_size: int = 64
+    l2: list[float] = field(default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1])
+    seed: int = 0
+
+
+@dataclass(frozen=True)
 class EvaluationConfig:
     """Rollouts: execute_steps … ensemble (envs/rollout.py). Probes: tap, features (keep, drop, off), probe."""
 
@@ -204,6 +261,9 @@ class EvaluationConfig:
     tap: str | None = None
     features: str = "keep"
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    repeats: int = 100  # calls that evaluation=latency times
+    vqa: VQAConfig = field(default_factory=VQAConfig)
+    cifar10: Cifar10Config = field(default_factory=Cifar10Config)
 
 
 @dataclass(frozen=True)
@@ -259,12 +319,48 @@ class ConvertWeightsConfig:
     allow_unexpected: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class ClientKeysConfig:
+    """Where a client's observation holds what the policy reads; "a/b" is that key, or b in the map at a.
+
+    cameras: per camera of the policy. state: null where the robot sends none (π0 needs one).
+    """
+
+    cameras: dict[str, str] = MISSING
+    state: str | None = None
+    prompt: str = MISSING
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """scripts/serve.py. window_ms: how long a request waits for others to share its batch, if other clients are there.
+
+    execute_steps: actions of a chunk that a vla-eval client executes before its next observation is read. gripper: what
+    vla-eval's benchmark takes, open_01, close_positive or close_negative (vla/serving/harness.py).
+    """
+
+    policy: str = MISSING
+    host: str = "127.0.0.1"
+    port: int = 8000
+    openpi: ClientKeysConfig = field(default_factory=ClientKeysConfig)
+    vla_eval: ClientKeysConfig = field(default_factory=ClientKeysConfig)
+    execute_steps: int | None = None
+    gripper: str = "open_01"
+    max_batch: int = 16
+    window_ms: float = 5.0
+    max_message_mb: float = 16.0
+    max_clients: int = 64
+    threads: int | None = None
+    device: str = "cpu"
+
+
 PROGRAMS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "collect": CollectConfig,
     "convert": ConvertConfig,
     "convert_weights": ConvertWeightsConfig,
+    "serve": ServeConfig,
 }
 
 

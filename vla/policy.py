@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from data.normalization import ActionNormalizer
+from vla.errors import UserError
 
 GRIPPER = 6
 
@@ -57,11 +58,13 @@ class Policy(nn.Module):
         tokenizer: saved beside the weights.
         ensemble: temperature of the temporal ensembling its paper rolls it out with, None for none (vla/ensemble.py).
         dual: a frozen encoder stands beside the trained one (vla/dual_encoder.py).
+        speaks: its language model is trained to say text (string actions, co-training).
     """
 
     tokenizer: PreTrainedTokenizerBase
     ensemble: float | None = None
     dual: bool = False
+    speaks: bool = False
     of_the_run: ClassVar[tuple[str, ...]] = ("chunk", "cameras", "tap")
     """Arguments of `build` that a run which starts from another policy's weights decides itself (init_from)."""
 
@@ -113,6 +116,21 @@ class Policy(nn.Module):
         Raises:
             UserError: the tap lies behind both encoders, where inverse dynamics would train on the frozen one too.
         """
+        raise NotImplementedError
+
+    def make_speaking(self, language_head: str) -> None:
+        """Make all that saying text needs trainable. `language_head`: of VLM4VLA (vla/policy_configs.py).
+
+        Raises:
+            UserError: there is no language decoder.
+        """
+        raise UserError(
+            f"{type(self).__name__} has no language decoder, which string actions and co-training need; "
+            "choose baseline=openvla, pi0, vlm4vla or spatialvla"
+        )
+
+    def drop_action_head(self) -> None:
+        """Take off what only the baseline's own actions need; a policy that speaks then says them as text."""
         raise NotImplementedError
 
     def fused(self, tokens: VisualTokens) -> VisualTokens:

@@ -12,13 +12,34 @@ from omegaconf import MISSING
 
 
 @dataclass(frozen=True)
+class StringConfig:
+    """How actions are written as text (vla/action_tokens/strings.py).
+
+    form: genvla or fixed. constrained: decode by the grammar; without it a text may be malformed, which is counted.
+    released_label_mask: count the space before the text too, as the public code does (fact sheet §8.2).
+    """
+
+    form: str = "genvla"
+    prompt: str = "<VLA_PROMPT> What action should the robot take to {instruction}?"
+    constrained: bool = True
+    released_label_mask: bool = False
+
+
+@dataclass(frozen=True)
 class IdeasConfig:
     """What GenVLA changes in a baseline, applied to one that is built (vla/build.py). GenVLA §III; fact sheet §8.
 
     dual: a frozen vision encoder beside the trained one (vla/dual_encoder.py).
+    actions: native, or string: as text, the baseline's own action head gone (vla/string_policy.py).
+    speaks: keep the language decoder trained for text beside native actions (co-training).
+    language_head: of VLM4VLA, which keeps none: tied (Qwen3-VL 2B and 4B), or the release whose lm_head it is (8B).
     """
 
     dual: bool = False
+    actions: str = "native"
+    string: StringConfig = field(default_factory=StringConfig)
+    speaks: bool = False
+    language_head: str = "tied"
 
 
 @dataclass(frozen=True)

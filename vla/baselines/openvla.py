@@ -177,6 +177,12 @@ class OpenVLA(Policy):
             return [self.trained_tower]
         return [self.dino, self.siglip] + ([self.projector] if self.tap_layer == "post_projector" else [])
 
+    def make_speaking(self, language_head: str) -> None:
+        self.speaks = True
+
+    def drop_action_head(self) -> None:
+        """Its actions are tokens of the vocabulary, which stay there unused."""
+
     def make_dual(self) -> None:
         """Of its two towers one is frozen from here on (`frozen_tower`), the other trained."""
         require_own_tap(self.tap_layer)

@@ -169,6 +169,15 @@ class Pi0(Policy):
             visual[camera] = VisualTokens(embeds, tap, frames=images[camera] if self.dual else None)
         return visual
 
+    def make_speaking(self, language_head: str) -> None:
+        self.speaks = True
+        if self.tokenizer.eos_token_id is None:
+            self.tokenizer.eos_token = "<|im_end|>"  # of the byte tokeniser, which marks no end
+        self.pi0.model.vlm.language_model.requires_grad_(True)  # the last layer is read again
+
+    def drop_action_head(self) -> None:
+        self.pi0.model.dit = self.pi0.embed_action_time = self.pi0.action_out_proj = None
+
     def make_dual(self) -> None:
         require_own_tap(self.tap_layer)
         vlm = self.pi0.model.vlm

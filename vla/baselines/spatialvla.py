@@ -230,6 +230,14 @@ class SpatialVLA(Policy):
     def pixels(self, frames: Tensor) -> Tensor:
         return (frames.float() / 127.5 - 1).to(self.vision_tower.dtype)
 
+    def make_speaking(self, language_head: str) -> None:
+        self.speaks = True
+
+    def drop_action_head(self) -> None:
+        text = nn.Linear(self.lm_head.in_features, self.first_action, bias=False)
+        text.weight = nn.Parameter(self.lm_head.weight.data[: self.first_action].clone())
+        self.lm_head, self.action_embedding, self.grid = text, None, None
+
     def make_dual(self) -> None:
         require_own_tap(self.tap_layer)
         self.dual, self.frozen = True, Frozen(self.vision_tower)

@@ -26,6 +26,8 @@ from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized
 from vla.tokenizer import byte_tokenizer
 from vla.vision import ConvTower, QwenVision
 
+KEPT = "kept"
+"""`language_head` of an exported policy that has its own."""
 IMAGE = "<|image_pad|>"
 
 
@@ -89,6 +91,7 @@ class VLM4VLA(Policy):
         self.visual, self.language_model, self.tokenizer = visual, language_model, tokenizer
         hidden = language_model.config.hidden_size
         self.query = nn.Parameter(torch.zeros(hidden))
+        self.lm_head = None
         self.head = FCDecoder(hidden, head_width, chunk)
         self.prompt, self.deepstack = prompt, deepstack
         self.huber_delta, self.gripper_weight = huber_delta, gripper_weight
@@ -145,7 +148,8 @@ class VLM4VLA(Policy):
         """What `build` needs, beside the config, to make the same modules again without the source of their weights."""
         vision = self.visual.model.config.to_diff_dict() if isinstance(self.visual, QwenVision) else None
         text = self.language_model.config.to_diff_dict()
-        return {"pretrained": None, "text_config": text} | ({"vision_config": vision} if vision else {})
+        own = {"language_head": KEPT} if self.lm_head is not None else {}
+        return {"pretrained": None, "text_config": text} | own | ({"vision_config": vision} if vision else {})
 
     def vision_modules(self) -> list[nn.Module]:
         return [self.visual]
@@ -153,6 +157,19 @@ class VLM4VLA(Policy):
     def encode_images(self, images: dict[str, Tensor]) -> dict[str, VisualTokens]:
         visual = {camera: self.visual(frames) for camera, frames in images.items()}
         return {c: replace(tokens, frames=images[c]) for c, tokens in visual.items()} if self.dual else visual
+
+    def make_speaking(self, language_head: str) -> None:
+        from vla.generation import TIED, read_head
+
+        self.speaks = True
+        if language_head != TIED:
+            shape = self.language_model.embed_tokens.weight.shape
+            self.lm_head = nn.Linear(shape[1], shape[0], bias=False)
+            if language_head != KEPT:
+                self.lm_head.weight.data.copy_(read_head(language_head, tuple(shape)))
+
+    def drop_action_head(self) -> None:
+        self.query = self.head = None
 
     def make_dual(self) -> None:
         self.dual, self.frozen = True, Frozen(self.visual)

@@ -1,0 +1,143 @@
+"""A baseline that says its actions as text (GenVLA §III-B; fact sheet §8.2) instead of with its own head.
+
+    In: <VLA_PROMPT> What action should the robot take to put the bowl on the plate?
+    Out: 0.0312,-0.1,0.25,0.0,-0.0077,0.0,1.0,
+
+The baseline's bins, grid, flow expert or MLP head are gone; its vision encoding, preparation of frames and
+normalisation stay. The loss is the cross-entropy of the text's characters and of the end token. `<VLA_PROMPT>` is
+written out in ordinary tokens, where the public code adds three to the vocabulary: tokenisers and embeddings stay the
+released ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vla.action_tokens.constrained import character_ids, decode
+from vla.action_tokens.strings import ALPHABET, DIMS, Grammar, read, write
+from vla.baselines.vlm4vla import VLM4VLA
+from vla.errors import UserError
+from vla.generation import TextModel, greedy, text_model
+from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized, hold_last
+from vla.policy_configs import StringConfig
+from vla.text_loss import TextTargets, cross_entropy
+
+TEMPLATE = "In: {prompt}\nOut:"
+"""OpenVLA's and, in the public code, π0's (§8.2); a model with a chat format keeps that."""
+
+
+class StringPolicy(Policy):
+    """`base` with its actions as text; what is not said here is the base's.
+
+    Args:
+        base: its action head is taken off.
+        form, prompt, constrained, released_label_mask: see StringConfig.
+
+    Attributes:
+        malformed: texts that were no action, of `decoded` in all (without the constraint only).
+    """
+
+    def __init__(self, base: Policy, strings: StringConfig):
+        super().__init__(base.chunk, base.cameras, base.image_size, base.tap, base.normalizer)
+        if strings.prompt.count("{instruction}") != 1:
+            raise UserError(f"policy.string.prompt must hold {{instruction}} once; it is {strings.prompt!r}")
+        if not base.normalizer.scheme.startswith(("q99", "clip065")):
+            raise UserError(
+                f"normalization={base.normalizer.scheme} exceeds ±1, which policy.actions=string writes; choose q99"
+            )
+        base.drop_action_head()
+        self.base, self.strings = base, strings
+        self.tokenizer, self.dual = base.tokenizer, base.dual
+        self.grammar, self.characters = Grammar(strings.form), character_ids(base.tokenizer)
+        self.space = "" if isinstance(base, VLM4VLA) else " "  # a chat's answer begins on its own line
+        self.malformed = self.decoded = 0
+        self._gripper: dict[int, float] = {}
+
+    def encode_images(self, images: dict[str, Tensor]) -> dict[str, VisualTokens]:
+        return self.base.encode_images(images)
+
+    def prepare(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.base.prepare(images)
+
+    def fused(self, tokens: VisualTokens) -> VisualTokens:
+        return self.base.fused(tokens)
+
+    def vision_modules(self) -> list[nn.Module]:
+        return self.base.vision_modules()
+
+    def make_dual(self) -> None:
+        self.base.make_dual()
+        self.dual = True
+
+    def architecture(self) -> dict:
+        return self.base.architecture()
+
+    def text_model(self) -> TextModel:
+        return text_model(self.base, template=None if isinstance(self.base, VLM4VLA) else TEMPLATE)
+
+    def prompts(self, model: TextModel, instructions: list[str]) -> list[str]:
+        asked = (self.strings.prompt.replace("{instruction}", text.strip().lower()) for text in instructions)
+        return [model.template.replace("{prompt}", prompt) for prompt in asked]
+
+    def seen_by(self, visual: dict[str, VisualTokens]) -> VisualTokens:
+        """All cameras' tokens in a row, as the language model reads them."""
+        tokens = [self.fused(visual[camera]) for camera in self.cameras]
+        if len(tokens) == 1:
+            return tokens[0]
+        return VisualTokens(torch.cat([t.embeds for t in tokens], dim=1), tokens[0].tap)
+
+    def loss(self, batch: dict, visual: dict[str, VisualTokens]) -> dict[str, Tensor]:
+        """Mean cross-entropy over the characters of valid steps and the end token, and how many those were."""
+        model, valid = self.text_model(), batch["action_valid"]
+        values = self.normalizer.normalize(hold_last(batch["actions"], valid)).clamp(-1, 1).cpu().numpy()
+        space = self.tokenizer.encode(self.space, add_special_tokens=False)[-1:]
+        rows = []
+        for steps, real in zip(values, valid.tolist(), strict=True):
+            text, counted = [], []
+            for step, said in zip(steps, real, strict=True):
+                characters = [self.characters[ALPHABET.index(c)] for c in write(step, self.strings.form)]
+                text += characters
+                counted += [said] * len(characters)
+            before = [self.strings.released_label_mask] * len(space)
+            rows.append((space + text + model.stop[:1], [*before, *counted, True]))
+        targets = TextTargets([ids for ids, _ in rows], [counted for _, counted in rows])
+        prefix = model.read(self.seen_by(visual), self.prompts(model, batch["instruction"]))
+        total, count, right = cross_entropy(model, prefix, targets)
+        return {"loss": total / count, "token_accuracy": right / count, "tokens": count}
+
+    @torch.no_grad()
+    def predict(self, observation: dict) -> Tensor:
+        model, images = self.text_model(), self.prepare(observation["images"])
+        texts = [text + self.space for text in self.prompts(model, observation["instruction"])]
+        prefix = model.read(self.seen_by(self.encode_images(images)), texts)
+        count = DIMS * self.chunk
+        if self.strings.constrained:
+            said = decode(model, prefix, self.grammar, self.characters, self.chunk)
+        else:
+            said = self.unconstrained(model, prefix)
+        values = [read(text, count) for text in said]
+        self.decoded += len(values)
+        wrong = [row for row, value in enumerate(values) if value is None]
+        filled = [[0.0] * count if value is None else value.tolist() for value in values]
+        actions = torch.tensor(filled, device=prefix.hidden.device).unflatten(1, (self.chunk, DIMS))
+        actions = actions_from_normalized(actions[..., :GRIPPER], actions[..., GRIPPER] > 0.5, self.normalizer)
+        return self._fall_back(actions, wrong, observation)
+
+    def unconstrained(self, model: TextModel, prefix) -> list[str]:
+        """Greedy text until the end token, at most as long as an action can be."""
+        names = dict(zip(self.characters, ALPHABET, strict=True))
+        rows = greedy(model, prefix, self.grammar.longest * self.chunk + 1)
+        return ["".join(names.get(token, "?") for token in row) for row in rows]
+
+    def _fall_back(self, actions: Tensor, wrong: list[int], observation: dict) -> Tensor:
+        """Stand still with the gripper as it was (§8.2) where the text was no action; counted."""
+        self.malformed += len(wrong)
+        seeds, steps = (observation.get(key, torch.zeros(len(actions))).tolist() for key in ("seed", "step"))
+        for row, (seed, step) in enumerate(zip(seeds, steps, strict=True)):
+            if step == 0:
+                self._gripper.pop(seed, None)
+            if row in wrong:
+                actions[row, :, :GRIPPER], actions[row, :, GRIPPER] = 0.0, self._gripper.get(seed, 1.0)
+            self._gripper[seed] = float(actions[row, -1, GRIPPER])
+        return actions
