@@ -95,7 +95,16 @@ def test_config_is_frozen_and_hash_is_of_the_config_alone():
 
 
 @pytest.mark.parametrize(
-    "script", ["train.py", "evaluate.py", "scripts/collect.py", "scripts/convert.py", "scripts/tables.py"]
+    "script",
+    [
+        "train.py",
+        "evaluate.py",
+        "scripts/collect.py",
+        "scripts/convert.py",
+        "scripts/tables.py",
+        "scripts/serve.py",
+        "scripts/trial.py",
+    ],
 )
 def test_help_teaches_within_five_seconds(script):
     done, seconds = timed(script, "--help")

@@ -194,6 +194,8 @@ def _load_run(folder: Path) -> pd.DataFrame:
             raise UserError(f"{folder / 'summary.json'} lacks {sorted(lacking)[0]!r}: run that evaluation again")
         missing = summary["n"] + summary["missing"] - len(rows)  # rows may be newer than the summary
     conditions = {k: v for k, v in header.get("env_kwargs", {}).items() if k not in POLICY_SIDE}
+    if "protocol" in header:
+        conditions["simulator"] = header["env"].split(".")[-1].split(":")[0]
     if (evaluation := header.get("evaluation", "rollout")) != "rollout":
         conditions |= {"evaluation": evaluation}
     return rows.assign(
