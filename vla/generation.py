@@ -66,7 +66,8 @@ class TextModel:
     """What `generate` asks.
 
     Attributes:
-        read: visual tokens of B pictures and B texts → Prefix.
+        encode: a text → its ids, BOS included where the model has one, the picture's place as one id in Qwen's.
+        read_ids: visual tokens of B pictures and B rows of such ids → Prefix.
         model: goes on token by token.
         head: (V, D), states to logits.
         stop: ids that end an answer.
@@ -75,12 +76,16 @@ class TextModel:
     """
 
     policy: Policy
-    read: Callable[[VisualTokens, list[str]], Prefix]
+    encode: Callable[[str], list[int]]
+    read_ids: Callable[[VisualTokens, list[list[int]]], Prefix]
     model: nn.Module
     head: Tensor
     stop: list[int]
     template: str
     softcap: float | None = None
+
+    def read(self, tokens: VisualTokens, texts: list[str]) -> Prefix:
+        return self.read_ids(tokens, [self.encode(text) for text in texts])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(…, V) of states (…, D)."""
@@ -126,7 +131,14 @@ def text_model(policy: Policy, template: str | None = None, head: str | None = N
         stop.append(tokenizer.convert_tokens_to_ids("<|im_end|>"))
     stop = [token for token in stop if token is not None]
     softcap = policy.language_model.config.final_logit_softcapping if isinstance(policy, SpatialVLA) else None
-    return TextModel(policy, lambda tokens, texts: read(policy, tokens, texts), model, weight, stop, template, softcap)
+
+    def encode(text: str) -> list[int]:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        return ids if isinstance(policy, VLM4VLA) else [tokenizer.bos_token_id, *ids]
+
+    return TextModel(
+        policy, encode, lambda tokens, rows: read(policy, tokens, rows), model, weight, stop, template, softcap
+    )
 
 
 @torch.inference_mode()
@@ -197,16 +209,14 @@ def read_head(source: str, shape: tuple[int, int]) -> Tensor:
     raise UserError(f"evaluation.vqa.head={source} holds no lm_head.weight: its head is the embedding; set it to tied")
 
 
-def _read_openvla(policy: OpenVLA, tokens: VisualTokens, texts: list[str]) -> Prefix:
-    bos, encode = policy.tokenizer.bos_token_id, policy.tokenizer.encode
-    ids, lengths = _pad([[bos, *encode(t, add_special_tokens=False)] for t in texts], tokens.embeds.device)
+def _read_openvla(policy: OpenVLA, tokens: VisualTokens, rows: list[list[int]]) -> Prefix:
+    ids, lengths = _pad(rows, tokens.embeds.device)
     embeds = policy.embed({policy.cameras[0]: tokens}, ids)
     return _prefix(policy.language_model.model, embeds, lengths + embeds.shape[1] - ids.shape[1])
 
 
-def _read_pi0(policy: Pi0, tokens: VisualTokens, texts: list[str]) -> Prefix:
-    bos, encode = policy.tokenizer.bos_token_id, policy.tokenizer.encode
-    ids, lengths = _pad([[bos, *encode(t, add_special_tokens=False)] for t in texts], tokens.embeds.device)
+def _read_pi0(policy: Pi0, tokens: VisualTokens, rows: list[list[int]]) -> Prefix:
+    ids, lengths = _pad(rows, tokens.embeds.device)
     vlm = policy.pi0.model.vlm
     text = vlm.language_model.embed_tokens(ids)
     embeds = torch.cat([tokens.embeds.to(text.dtype), text], dim=1)
@@ -214,10 +224,9 @@ def _read_pi0(policy: Pi0, tokens: VisualTokens, texts: list[str]) -> Prefix:
     return _prefix(vlm, embeds, lengths + tokens.embeds.shape[1], token_type_ids=both_ways)
 
 
-def _read_spatialvla(policy: SpatialVLA, tokens: VisualTokens, texts: list[str]) -> Prefix:
-    bos, encode = policy.tokenizer.bos_token_id, policy.tokenizer.encode
+def _read_spatialvla(policy: SpatialVLA, tokens: VisualTokens, rows: list[list[int]]) -> Prefix:
     features = policy.image_features(tokens)
-    ids, lengths = _pad([[bos, *encode(t, add_special_tokens=False)] for t in texts], features.device)
+    ids, lengths = _pad(rows, features.device)
     text = policy.language_model.embed_tokens(ids)
     embeds = torch.cat([features.to(text.dtype), text], dim=1)
     lengths = lengths + features.shape[1]
@@ -228,13 +237,12 @@ def _read_spatialvla(policy: SpatialVLA, tokens: VisualTokens, texts: list[str])
     return Prefix(hidden, cache, seen.long(), lengths + 1)
 
 
-def _read_vlm4vla(policy: VLM4VLA, tokens: VisualTokens, texts: list[str]) -> Prefix:
+def _read_vlm4vla(policy: VLM4VLA, tokens: VisualTokens, rows: list[list[int]]) -> Prefix:
     """Qwen3-VL's positions: text counts on, the image's rows and columns count from where it begins."""
-    encode, count = policy.tokenizer.encode, tokens.embeds.shape[1]
+    count = tokens.embeds.shape[1]
     side = math.isqrt(count)
-    parts = [[encode(part, add_special_tokens=False) for part in text.split(IMAGE, 1)] for text in texts]
-    start = len(parts[0][0])  # the template's, the same in every row
-    ids, lengths = _pad([before + [0] * count + after for before, after in parts], tokens.embeds.device)
+    start = rows[0].index(policy.image_id)  # the template's, the same in every row
+    ids, lengths = _pad([row[:start] + [0] * count + row[start + 1 :] for row in rows], tokens.embeds.device)
     embeds = policy.language_model.embed_tokens(ids)
     embeds = torch.cat([embeds[:, :start], tokens.embeds.to(embeds.dtype), embeds[:, start + count :]], dim=1)
     place = torch.arange(ids.shape[1], device=ids.device)
