@@ -29,8 +29,10 @@ def train(cfg: TrainConfig) -> Path:
 
     import torch
 
+    from data.instructions import Rewording
     from data.sampler import PairDataset, StatelessBatches, training_loader
     from vla.build import build_inverse_dynamics
+    from vla.co_training import CoTraining, CoTrainingBatches, CoTrainingDataset, mixture, split
     from vla.module import VLAModule
     from vla.training import first_step_of, fit, initial, make_trainer, policy_arguments
 
@@ -44,6 +46,7 @@ def train(cfg: TrainConfig) -> Path:
     inverse_dynamics = build_inverse_dynamics(policy, cfg.inverse_dynamics)
     pairs = cfg.data.pairs if cfg.data.pairs == "shared" or inverse_dynamics is not None else None
     dataset = PairDataset(store, cfg.chunk, cfg.cameras, pairs, cfg.data.tail)
+    robot, examples = split(cfg.batch_size, cfg.cotrain.share) if cfg.cotrain.enabled else (cfg.batch_size, 0)
     steps = total_steps(cfg, len(dataset))
     module = VLAModule(
         policy,
@@ -53,12 +56,17 @@ def train(cfg: TrainConfig) -> Path:
         max_steps=steps,
         warmup_steps=warmup_steps(cfg, len(dataset), steps),
         seed=cfg.seed,
+        cotrain=CoTraining(policy, cfg.cotrain) if cfg.cotrain.enabled else None,
+        rewording=None if cfg.data.rewordings is None else Rewording(cfg.data.rewordings),
     )
     first_step = first_step_of(checkpoint)
     trainer = make_trainer(cfg, run, first_step, steps)
     shared = cfg.data.pairs == "shared"
-    size = cfg.batch_size // 2 if shared else cfg.batch_size
+    size = robot // 2 if shared else robot
     batches = StatelessBatches(len(dataset), size, cfg.seed, first_step, trainer.global_rank, trainer.world_size)
+    if cfg.cotrain.enabled:
+        questions = mixture(cfg.cotrain, policy.image_size, cfg.seed)
+        dataset, batches = CoTrainingDataset(dataset, questions), CoTrainingBatches(batches, examples)
     loader = training_loader(dataset, batches, cfg.trainer.num_workers, pin=cfg.trainer.accelerator == "gpu")
     return fit(cfg, run, trainer, module, loader, checkpoint, arguments, store)
 

@@ -135,3 +135,26 @@ def expand(template: str, synonyms: dict[str, list[str]]) -> list[str]:
     return [
         template.format(**kept | dict(zip(synonyms, choice, strict=True))) for choice in product(*synonyms.values())
     ]
+
+
+class Rewording:
+    """Training instructions in other words (GenVLA's "w/ Inst. Aug."): itself or one of its variants, each as likely.
+
+    Draws from torch's generator, which the training step seeds. An instruction that the file does not know stays.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        self.wordings = load_wordings(path if path.exists() else Path(__file__).resolve().parents[1] / path)
+        self._choices: dict[str, list[str]] = {}
+
+    def __call__(self, instructions: list[str]) -> list[str]:
+        import torch
+
+        chosen = []
+        for instruction in instructions:
+            if instruction not in self._choices:
+                self._choices[instruction] = [instruction, *variants_of(instruction, self.wordings)]
+            choices = self._choices[instruction]
+            chosen.append(choices[int(torch.randint(len(choices), ()))])
+        return chosen

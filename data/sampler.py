@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.frame_store import FrameStore
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)  # two epochs of each of the streams that a batch is drawn from
 def _permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(length)
 

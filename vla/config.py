@@ -17,7 +17,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from vla.errors import UserError
-from vla.policy_configs import POLICIES
+from vla.evaluation_configs import EvaluationConfig
+from vla.policy_configs import POLICIES, IdeasConfig
 
 REPLAY, EXPERT, NOTHING = "replay:", "expert", "nothing"
 """Values of `policy` that no training made (vla/replay.py)."""
@@ -85,6 +86,7 @@ class DataConfig:
 
     split, language, margin are of CALVIN: which folder, which annotation, frames kept after a window for o_{t+H}.
     drop_noops leaves out LIBERO steps that do nothing (data/noops.py).
+    rewordings: other words for the training instructions, a file of data/instructions.py's form.
     bad_files: raise, or skip and count.
     """
 
@@ -97,6 +99,7 @@ class DataConfig:
     language: str = "lang_annotations"
     margin: int = 16
     drop_noops: bool = False
+    rewordings: str | None = None
     bad_files: str = "raise"
     workers: int | None = None
 
@@ -131,6 +134,25 @@ class BenchmarkConfig:
 
 
 @dataclass(frozen=True)
+class CoTrainConfig:
+    """Vision-language data in every batch (GenVLA §III-C; data/vision_language.py, vla/co_training.py).
+
+    use: which of `sets` ({name: {annotations, images}}), evenly. share: of the batch's samples. max_tokens: longer
+    examples are left out. weight: of the text loss beside an action loss that is no cross-entropy.
+    released_label_mask: as the public code (fact sheet §8.3).
+    """
+
+    enabled: bool = False
+    use: list[str] = field(default_factory=list)
+    sets: dict[str, dict[str, str]] = field(default_factory=dict)
+    share: float = 0.5
+    prompt: str = "<VLM_PROMPT> {question}"
+    max_tokens: int = 768
+    weight: float = 1.0
+    released_label_mask: bool = False
+
+
+@dataclass(frozen=True)
 class TrainerConfig:
     accelerator: str = "cpu"
     devices: int = 1
@@ -158,6 +180,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    cotrain: CoTrainConfig = field(default_factory=CoTrainConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -173,97 +196,6 @@ class TrainConfig:
     seed: int = 0
     resume: str | None = None
     run_root: str = "runs"
-
-
-@dataclass(frozen=True)
-class ProbeConfig:
-    """How a light head is trained on frozen visual tokens (IDL tables 11 and 12; vla/analysis/mlp_probe.py)."""
-
-    lr: float = 2.0e-4
-    batch_size: int = 64
-    steps: int = 1000
-    epochs: float = 1.0
-    chunk: int = 4
-    gripper_weight: float = 0.01
-    dropout: float = 0.1
-    validation: float = 0.1
-    validate_every: int = 100
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class VQASetConfig:
-    """One benchmark: its annotation file (POPE: a folder of three), its pictures, and `{question}` in a prompt."""
-
-    annotations: str = ""
-    images: str = ""
-    prompt: str = ""
-
-
-@dataclass(frozen=True)
-class VQASetsConfig:
-    textvqa: VQASetConfig = field(default_factory=VQASetConfig)
-    pope: VQASetConfig = field(default_factory=VQASetConfig)
-    gqa: VQASetConfig = field(default_factory=VQASetConfig)
-    vizwiz: VQASetConfig = field(default_factory=VQASetConfig)
-    vsr: VQASetConfig = field(default_factory=VQASetConfig)
-
-
-@dataclass(frozen=True)
-class VQAConfig:
-    """Questions to a policy's language model (vla/analysis/vqa.py, vla/generation.py).
-
-    select: the benchmarks to run, all by default. limit: as many questions of each, drawn at random.
-    template: what stands around a prompt, with `{prompt}`; by default the baseline's own. lower_case: the prompt in
-    lower case. head: where Qwen's language head comes from, which a policy does not keep.
-    """
-
-    sets: VQASetsConfig = field(default_factory=VQASetsConfig)
-    select: list[str] | None = None
-    limit: int | None = None
-    batch_size: int = 16
-    max_new_tokens: int = 128
-    template: str | None = None
-    lower_case: bool = False
-    head: str | None = None
-
-
-@dataclass(frozen=True)
-class Cifar10Config:
-    """Linear probe and t-SNE of pooled visual tokens on CIFAR-10 (vla/analysis/cifar10.py).
-
-    train, test, tsne: how many images, drawn at random, as many of each class. l2: the penalties to choose among.
-    """
-
-    path: str = ""
-    train: int = 50000
-    test: int = 10000
-    tsne: int = 2000
-    perplexity: float = 30.0
-    batch_size: int = 64
-    l2: list[float] = field(default_factory=lambda: [1e-4, 1e-3, 1e-2, 1e-1])
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class EvaluationConfig:
-    """Rollouts: execute_steps … ensemble (envs/rollout.py). Probes: tap, features (keep, drop, off), probe."""
-
-    name: str = MISSING
-    execute_steps: int | None = None
-    workers: int = 2
-    max_batch: int = 8
-    exact: bool = True
-    retries: int = 2
-    episode_timeout: float = 600.0
-    videos: int = 0
-    ensemble: Any = "policy"
-    tap: str | None = None
-    features: str = "keep"
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
-    repeats: int = 100  # calls that evaluation=latency times
-    vqa: VQAConfig = field(default_factory=VQAConfig)
-    cifar10: Cifar10Config = field(default_factory=Cifar10Config)
 
 
 @dataclass(frozen=True)
@@ -408,6 +340,13 @@ def run_hash(cfg: TrainConfig) -> str:
     """Eight hex digits that are a function of the resolved configuration alone, never of the clock or the machine."""
     identity = {k: v for k, v in asdict(cfg).items() if k not in _NOT_IDENTITY}
     identity["data"] = {k: v for k, v in identity["data"].items() if k not in _NOT_IDENTITY_OF_DATA}
+    # What came later and is off leaves no trace, so that runs made before it are found.
+    if not cfg.cotrain.enabled:
+        del identity["cotrain"]
+    if cfg.data.rewordings is None:
+        del identity["data"]["rewordings"]
+    off = asdict(IdeasConfig())
+    identity["policy"] = {k: v for k, v in identity["policy"].items() if k not in off or v != off[k]}
     identity["benchmark"] = {k: v for k, v in identity["benchmark"].items() if k in _IDENTITY_OF_BENCHMARK}
     identity["trainer"] = {k: v for k, v in identity["trainer"].items() if k not in _NOT_IDENTITY_OF_TRAINER}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]

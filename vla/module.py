@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from data.augment import augment
+from data.instructions import Rewording
+from vla.co_training import CoTraining
 from vla.config import AugmentConfig, OptimConfig
 from vla.errors import UserError
 from vla.inverse_dynamics import InverseDynamics
@@ -21,7 +23,11 @@ from vla.policy import Policy, VisualTokens
 
 
 class VLAModule(L.LightningModule):
-    """Trains `policy`; `inverse_dynamics` is None for the vanilla baseline and is never exported."""
+    """Trains `policy`; `inverse_dynamics` is None for the vanilla baseline and is never exported.
+
+    Args:
+        cotrain: of batches with vision-language data in them. rewording: training instructions in other words.
+    """
 
     def __init__(
         self,
@@ -33,11 +39,14 @@ class VLAModule(L.LightningModule):
         max_steps: int,
         warmup_steps: int,
         seed: int,
+        cotrain: CoTraining | None = None,
+        rewording: Rewording | None = None,
     ):
         super().__init__()
         self.policy, self.inverse_dynamics = policy, inverse_dynamics
         self.optim, self.augment, self.seed = optim, augment, seed
         self.max_steps, self.warmup_steps = max_steps, warmup_steps
+        self.cotrain, self.rewording = cotrain, rewording
 
     def on_train_batch_start(self, batch: dict, batch_idx: int) -> None:
         key = f"{self.seed}/{self.global_step}/{self.global_rank}"
@@ -56,7 +65,7 @@ class VLAModule(L.LightningModule):
         return losses["total"]
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
-        """The policy's losses, the auxiliary ones where there are, and their weighted sum under "total"."""
+        """The policy's losses, those of questions and of inverse dynamics where there are, and "total" of them all."""
         frames = [self.policy.prepare(batch[name]) for name in ("images", "future_images") if name in batch]
         frames = self.augmented(frames)
         visual = self.policy.encode_images({camera: torch.cat([f[camera] for f in frames]) for camera in frames[0]})
@@ -64,13 +73,24 @@ class VLAModule(L.LightningModule):
         def rows(start: int, stop: int | None) -> dict[str, VisualTokens]:
             return {camera: tokens.rows(slice(start, stop)) for camera, tokens in visual.items()}
 
+        if self.rewording is not None:
+            batch = batch | {"instruction": self.rewording(batch["instruction"])}
         losses = self.policy.loss(batch, rows(0, len(batch["actions"])))
+        tokens = losses.pop("tokens", None)
+        objective = losses["loss"]
+        if self.cotrain is not None:
+            said, count = self.cotrain.loss(self.policy, batch["vl"])
+            losses["text_loss"] = said / count.clamp(min=1)
+            if tokens is None:
+                objective = objective + self.cotrain.cfg.weight * losses["text_loss"]
+            else:  # one mean over all supervised tokens
+                objective = (objective * tokens + said) / (tokens + count)
         if self.inverse_dynamics is None:
-            return losses | {"total": losses["loss"]}
+            return losses | {"total": objective}
         pairs = len(batch["future_valid"])
         current, future = rows(0, pairs), rows(pairs, None)
         inverse = self.inverse_dynamics(current, future, batch["actions"][:pairs], batch["future_valid"])
-        total = losses["loss"] + self.inverse_dynamics.weight * inverse["inverse_loss"]
+        total = objective + self.inverse_dynamics.weight * inverse["inverse_loss"]
         return losses | inverse | {"total": total}
 
     def augmented(self, frames: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -78,7 +78,8 @@ class Policy(nn.Module):
         raise NotImplementedError
 
     def loss(self, batch: dict, visual: dict[str, VisualTokens]) -> dict[str, Tensor]:
-        """The baseline's own objective under "loss", and what it is made of under other names (scalars).
+        """The baseline's own objective under "loss", and what it is made of under other names (scalars). Where the loss
+        is a mean cross-entropy, "tokens" is over how many.
 
         `batch` is that of data/sampler.py; the future frames in it are not to be read, and what `actions` hold where
         `action_valid` is False does not matter.

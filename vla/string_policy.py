@@ -27,6 +27,14 @@ TEMPLATE = "In: {prompt}\nOut:"
 """OpenVLA's and, in the public code, π0's (§8.2); a model with a chat format keeps that."""
 
 
+def speaker(policy: Policy) -> tuple[TextModel, str]:
+    """The policy's language model with the text around a prompt, and what stands between that and what is said."""
+    base = getattr(policy, "base", policy)
+    if isinstance(base, VLM4VLA):
+        return text_model(base), ""  # a chat's answer begins on its own line
+    return text_model(base, template=TEMPLATE), " "
+
+
 class StringPolicy(Policy):
     """`base` with its actions as text; what is not said here is the base's.
 
@@ -48,9 +56,8 @@ class StringPolicy(Policy):
             )
         base.drop_action_head()
         self.base, self.strings = base, strings
-        self.tokenizer, self.dual = base.tokenizer, base.dual
+        self.tokenizer, self.dual, self.speaks = base.tokenizer, base.dual, True
         self.grammar, self.characters = Grammar(strings.form), character_ids(base.tokenizer)
-        self.space = "" if isinstance(base, VLM4VLA) else " "  # a chat's answer begins on its own line
         self.malformed = self.decoded = 0
         self._gripper: dict[int, float] = {}
 
@@ -73,9 +80,6 @@ class StringPolicy(Policy):
     def architecture(self) -> dict:
         return self.base.architecture()
 
-    def text_model(self) -> TextModel:
-        return text_model(self.base, template=None if isinstance(self.base, VLM4VLA) else TEMPLATE)
-
     def prompts(self, model: TextModel, instructions: list[str]) -> list[str]:
         asked = (self.strings.prompt.replace("{instruction}", text.strip().lower()) for text in instructions)
         return [model.template.replace("{prompt}", prompt) for prompt in asked]
@@ -89,9 +93,9 @@ class StringPolicy(Policy):
 
     def loss(self, batch: dict, visual: dict[str, VisualTokens]) -> dict[str, Tensor]:
         """Mean cross-entropy over the characters of valid steps and the end token, and how many those were."""
-        model, valid = self.text_model(), batch["action_valid"]
+        (model, space), valid = speaker(self), batch["action_valid"]
         values = self.normalizer.normalize(hold_last(batch["actions"], valid)).clamp(-1, 1).cpu().numpy()
-        space = self.tokenizer.encode(self.space, add_special_tokens=False)[-1:]
+        space = self.tokenizer.encode(space, add_special_tokens=False)[-1:]
         rows = []
         for steps, real in zip(values, valid.tolist(), strict=True):
             text, counted = [], []
@@ -108,8 +112,8 @@ class StringPolicy(Policy):
 
     @torch.no_grad()
     def predict(self, observation: dict) -> Tensor:
-        model, images = self.text_model(), self.prepare(observation["images"])
-        texts = [text + self.space for text in self.prompts(model, observation["instruction"])]
+        (model, space), images = speaker(self), self.prepare(observation["images"])
+        texts = [text + space for text in self.prompts(model, observation["instruction"])]
         prefix = model.read(self.seen_by(self.encode_images(images)), texts)
         count = DIMS * self.chunk
         if self.strings.constrained:

@@ -29,7 +29,7 @@ from vla.analysis.linear_probe import fit_linear_probe
 from vla.analysis.plots import save
 from vla.analysis.statistics import Estimate, rate_interval
 from vla.analysis.tsne import tsne
-from vla.config import Cifar10Config
+from vla.evaluation_configs import Cifar10Config
 from vla.policy import Policy
 
 SUMMARY, ARRAYS = "cifar10_probe.json", "cifar10_probe.npz"

@@ -18,8 +18,8 @@ from data.vqa import READERS, Question, annotations_hash, read_image, read_quest
 from envs.records import write_atomic
 from vla.analysis.vqa_metrics import SCORES
 from vla.analysis.vqa_records import SUMMARY, Answers, summarise
-from vla.config import VQAConfig
 from vla.errors import UserError
+from vla.evaluation_configs import VQAConfig
 from vla.generation import TextModel, generate, text_model
 from vla.policy import Policy
 

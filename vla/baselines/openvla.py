@@ -267,7 +267,7 @@ class OpenVLA(Policy):
         counted = F.pad(valid.repeat_interleave(DIMS, dim=1), (0, 1), value=True)
         loss = F.cross_entropy(logits.transpose(1, 2), targets.masked_fill(~counted, IGNORED))
         said, right = counted[:, :-1], (logits.argmax(-1) == targets)[:, :-1]
-        return {"loss": loss, "token_accuracy": (right & said).sum() / said.sum()}
+        return {"loss": loss, "token_accuracy": (right & said).sum() / said.sum(), "tokens": counted.sum()}
 
     @torch.no_grad()
     def predict(self, observation: dict) -> Tensor:

@@ -310,7 +310,7 @@ class SpatialVLA(Policy):
         logits = self.suffix_logits(visual[self.cameras[0]], batch["instruction"], suffix)[counted].float()
         labels = suffix[counted]
         accuracy = (logits.argmax(-1) == labels).float().mean()
-        return {"loss": F.cross_entropy(logits, labels), "token_accuracy": accuracy}
+        return {"loss": F.cross_entropy(logits, labels), "token_accuracy": accuracy, "tokens": counted.sum()}
 
     @torch.no_grad()
     def predict(self, observation: dict) -> Tensor:
