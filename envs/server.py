@@ -77,7 +77,7 @@ class PolicyServer(PredictModelServer):
                 obs.get("step", ctx.step * self.execute_steps) for obs, ctx in zip(obs_batch, ctx_batch, strict=True)
             ]
             with torch.inference_mode():
-                chunks = self.policy.predict(observation_batch(obs_batch, steps))
+                chunks = self.policy.predict(observation_batch(obs_batch, steps, device_of(self.policy)))
             actions = chunks.float().cpu().numpy()
             expected = (len(obs_batch), self.policy.chunk, 7)
             if actions.shape != expected or not np.isfinite(actions).all():
@@ -106,20 +106,30 @@ class PolicyServer(PredictModelServer):
         return OBSERVATION_SPEC
 
 
-def observation_batch(observations: list[dict[str, Any]], steps: list[int]) -> dict[str, Any]:
-    """Stack wire observations into a policy's input.
+def device_of(policy: Predictor) -> torch.device:
+    """Where a policy's weights are; the CPU for one that has none."""
+    if isinstance(policy, torch.nn.Module) and (first := next(policy.parameters(), None)) is not None:
+        return first.device
+    return torch.device("cpu")
+
+
+def observation_batch(
+    observations: list[dict[str, Any]], steps: list[int], device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Stack wire observations into a policy's input; images and state go to `device`.
 
     Returns:
         {"images": {camera: uint8 (B, 3, H, W)}, "state": float32 (B, S), "instruction": list[str],
          "seed": int64 (B,) the episode's seed, "step": int64 (B,) control steps executed so far}
     """
+
+    def stacked(arrays: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(arrays)).to(device)
+
     cameras = observations[0]["images"]
     return {
-        "images": {
-            camera: torch.from_numpy(np.stack([obs["images"][camera] for obs in observations])).permute(0, 3, 1, 2)
-            for camera in cameras
-        },
-        "state": torch.from_numpy(np.stack([np.asarray(obs["state"], dtype=np.float32) for obs in observations])),
+        "images": {c: stacked([obs["images"][c] for obs in observations]).permute(0, 3, 1, 2) for c in cameras},
+        "state": stacked([np.asarray(obs["state"], dtype=np.float32) for obs in observations]),
         "instruction": [obs["task_description"] for obs in observations],
         "seed": torch.tensor([obs.get("seed", 0) for obs in observations]),
         "step": torch.tensor(steps),

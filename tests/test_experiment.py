@@ -10,7 +10,7 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from vla.cli import CONF, choices, compose_config
+from vla.cli import CONF, cell_of, choices, compose_config
 from vla.config import run_dir
 from vla.errors import UserError
 from vla.experiment import RUN, expand, policy_of_run, read
@@ -29,9 +29,12 @@ def test_every_cell_composes_and_is_another_run(name):
     """As a rehearsal, with the one override that makes it one."""
     size = "tiny"
     jobs = cells("train", "-m", f"experiment={name}", f"size={size}")
-    axes = [v if isinstance(v, list) else [v] for key, v in read(name, CONF)["train"].items() if key != "size"]
-    assert len(jobs) == len(list(itertools.product(*axes)))
-    configs = [compose_config("train", *job) for job in jobs]
+    blocks = [
+        [v if isinstance(v, list) else [v] for key, v in block.items() if key != "size"]
+        for block in read(name, CONF)["train"]
+    ]
+    assert len(jobs) == sum(len(list(itertools.product(*axes))) for axes in blocks)
+    configs = [cell_of(compose_config("train", *job), "train") for job in jobs]
     assert all(cfg.size == size for cfg in configs)
     assert len({run_dir(cfg) for cfg in configs}) == len(jobs)
     evaluations = cells("evaluate", "-m", f"experiment={name}", f"size={size}")

@@ -20,7 +20,7 @@ from envs.benchmark import ChunkBenchmark
 from envs.pool import EpisodeSpec
 from envs.records import COLUMNS, Records, load_records
 from envs.rollout import run_rollouts
-from envs.server import PolicyServer
+from envs.server import PolicyServer, device_of, observation_batch
 from vla.errors import UserError
 
 HERE = Path(__file__).parent
@@ -357,3 +357,13 @@ def _wait_for(condition, seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "gave up waiting"
         time.sleep(0.05)
+
+
+def test_observations_go_where_the_weights_are():
+    """A policy on a GPU is asked with tensors there; "meta" stands in for one."""
+    policy = torch.nn.Linear(2, 2, device="meta")
+    observation = {"images": {"static": np.zeros((4, 4, 3), np.uint8)}, "state": np.zeros(3), "task_description": "x"}
+    batch = observation_batch([observation], [0], device_of(policy))
+    assert batch["images"]["static"].device.type == batch["state"].device.type == "meta"
+    assert batch["images"]["static"].shape == (1, 3, 4, 4) and batch["seed"].device.type == "cpu"
+    assert device_of(object()).type == "cpu"

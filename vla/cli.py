@@ -12,6 +12,7 @@ import difflib
 import functools
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ def main(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
             def compose_and_run(cfg: DictConfig) -> Any:
                 try:
                     with one_line(name):  # inside too: Hydra prints a line of its own for what leaves a job
-                        return run(typed(cfg))
+                        return run(cell_of(typed(cfg), name))
                 except SystemExit as mistake:
                     if mistake.code != 2 or not swept_here():
                         raise
@@ -83,6 +84,12 @@ def compose_config(name: str, *overrides: str) -> Any:
             return typed(hydra.compose(name, overrides=list(overrides)))
     finally:
         running.hydra = job
+
+
+def cell_of(cfg: Any, name: str) -> Any:
+    """The configuration that `cell`, a whole command line (vla/experiment.py), stands for; `cfg` itself without one."""
+    cell = getattr(cfg, "cell", None)
+    return cfg if cell is None else compose_config(name, *shlex.split(cell))
 
 
 @contextlib.contextmanager

@@ -196,6 +196,7 @@ class TrainConfig:
     seed: int = 0
     resume: str | None = None
     run_root: str = "runs"
+    cell: str | None = None  # another command line to run in place of this one (vla/experiment.py)
 
 
 @dataclass(frozen=True)
@@ -330,7 +331,7 @@ def typed(cfg: DictConfig) -> Any:
 
 
 # What may change between two launches of one run without making it another run.
-_NOT_IDENTITY = ("resume", "run_root", "logger", "time_limit_minutes")
+_NOT_IDENTITY = ("resume", "run_root", "logger", "time_limit_minutes", "cell")
 _NOT_IDENTITY_OF_DATA = ("workers",)
 _IDENTITY_OF_BENCHMARK = ("name", "family", "suite", "tasks", "cameras", "resolution")  # the rest is about rollouts
 _NOT_IDENTITY_OF_TRAINER = ("num_workers", "checkpoint_every", "keep_checkpoints", "log_every")

@@ -8,6 +8,8 @@ line replaces the file's. evaluate.py gets one `policy="run:<overrides of train.
 policy that train.py left with these overrides. There an override that only train.py knows belongs to the runs, one that
 both know to both; `run.key=value` is for the runs alone, and where a table trains on one benchmark and evaluates on
 another, benchmark and data keys are the evaluation's.
+A table whose rows are no product (GenVLA's OpenVLA has seven arms, its π0 two) lists several blocks under `train`; its
+runs are then swept as whole command lines, `cell='baseline=pi0 ablation=plus seed=0',…`.
 This only rewrites the command line: from here on it is Hydra's, its launchers (Slurm) included.
 """
 
@@ -41,15 +43,20 @@ def expand(program: str, arguments: list[str], conf: Path) -> list[str]:
     table = read(named[-1], conf)
     rest = [argument for argument in arguments if not argument.startswith("experiment=")]
     if program == "evaluate":
-        apart = table["train"].get("benchmark") != table["evaluate"].get("benchmark")
+        apart = any(block.get("benchmark") != table["evaluate"].get("benchmark") for block in table["train"])
         ours, theirs = divide(rest, conf, EVALUATION_ONLY if apart else set())
-        runs = [" ".join(run) for run in product(table["train"], theirs)]
+        runs = [" ".join(run) for block in table["train"] for run in product(block, theirs)]
         sweep = sweeps(table["evaluate"], ours)
         if not any(key_of(argument) == "policy" for argument in ours):
             sweep.append("policy=" + ",".join(quoted(RUN + run) for run in runs))
     else:
-        ours, runs = rest, list(product(table["train"], rest))
-        sweep = sweeps(table["train"], rest)
+        of_runs = [argument for argument in rest if not key_of(argument).startswith("hydra")]
+        ours, runs = rest, [run for block in table["train"] for run in product(block, of_runs)]
+        if len(table["train"]) == 1:
+            sweep = sweeps(table["train"][0], rest)
+        else:
+            sweep = ["cell=" + ",".join(quoted(" ".join(run)) for run in runs)]
+            ours = [argument for argument in rest if argument not in of_runs or argument.startswith("-")]
     if len(runs) > 1 and not {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & set(ours):
         raise UserError(f"experiment={named[-1]} has {len(runs)} runs; add -m to run them all")
     overrides = [argument for argument in ours if "=" in argument and not argument.startswith("-")]
@@ -57,8 +64,8 @@ def expand(program: str, arguments: list[str], conf: Path) -> list[str]:
     return [*flags, *sweep, *overrides]  # argparse takes one run of positional arguments only
 
 
-def read(name: str, conf: Path) -> dict[str, dict[str, Any]]:
-    """{"train": overrides, "evaluate": overrides} of conf/experiment/<name>.yaml."""
+def read(name: str, conf: Path) -> dict[str, Any]:
+    """{"train": blocks of overrides, "evaluate": overrides} of conf/experiment/<name>.yaml."""
     file = conf / "experiment" / f"{name}.yaml"
     if not file.exists():
         known = ", ".join(sorted(path.stem for path in file.parent.glob("*.yaml")))
@@ -66,7 +73,8 @@ def read(name: str, conf: Path) -> dict[str, dict[str, Any]]:
     table = yaml.safe_load(file.read_text())
     if not isinstance(table, dict) or set(table) != {"train", "evaluate"}:
         raise UserError(f"{file} must have the two keys train and evaluate, each with overrides")
-    return table
+    blocks = table["train"] if isinstance(table["train"], list) else [table["train"]]
+    return table | {"train": blocks}
 
 
 def divide(arguments: list[str], conf: Path, apart: set[str]) -> tuple[list[str], list[str]]:

@@ -148,6 +148,10 @@ class Policy(nn.Module):
             if camera in self.cameras
         }
 
+    def prepare_to_act(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Frames as `predict` encodes them: prepared and, of a policy trained on random crops, cropped in the middle."""
+        return self.prepare(images)
+
     @torch.no_grad()
     def tap_shape(self) -> tuple[int, int]:
         """(P', C) of one frame's tap."""

@@ -112,7 +112,7 @@ class StringPolicy(Policy):
 
     @torch.no_grad()
     def predict(self, observation: dict) -> Tensor:
-        (model, space), images = speaker(self), self.prepare(observation["images"])
+        (model, space), images = speaker(self), self.base.prepare_to_act(observation["images"])
         texts = [text + space for text in self.prompts(model, observation["instruction"])]
         prefix = model.read(self.seen_by(self.encode_images(images)), texts)
         count = DIMS * self.chunk

@@ -269,11 +269,15 @@ class OpenVLA(Policy):
         said, right = counted[:, :-1], (logits.argmax(-1) == targets)[:, :-1]
         return {"loss": loss, "token_accuracy": (right & said).sum() / said.sum(), "tokens": counted.sum()}
 
-    @torch.no_grad()
-    def predict(self, observation: dict) -> Tensor:
-        images = self.prepare(observation["images"])
+    def prepare_to_act(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
+        images = self.prepare(images)
         if self.center_crop:
             images = {camera: centre_crop(frames, CROP_AREA) for camera, frames in images.items()}
+        return images
+
+    @torch.no_grad()
+    def predict(self, observation: dict) -> Tensor:
+        images = self.prepare_to_act(observation["images"])
         values = self.bins.decode(self.generate(self.encode_images(images), observation["instruction"]))
         values = values.unflatten(1, (self.chunk, DIMS))
         return actions_from_normalized(values[..., :GRIPPER], values[..., GRIPPER] > 0.5, self.normalizer)

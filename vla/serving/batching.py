@@ -120,9 +120,7 @@ class Batcher:
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._predict, observations)
 
     def _predict(self, observations: list[dict[str, Any]]) -> np.ndarray:
-        batch = observation_batch(observations, [o["step"] for o in observations])
-        batch["images"] = {camera: frames.to(self.device) for camera, frames in batch["images"].items()}
-        batch["state"] = batch["state"].to(self.device)
+        batch = observation_batch(observations, [o["step"] for o in observations], self.device)
         with torch.inference_mode():
             chunks = self.policy.predict(batch)
         actions = chunks.float().cpu().numpy()
