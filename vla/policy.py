@@ -149,7 +149,7 @@ class Policy(nn.Module):
         }
 
     def prepare_to_act(self, images: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Frames as `predict` encodes them: prepared and, of a policy trained on random crops, cropped in the middle."""
+        """Frames as `predict` encodes them: prepared and, for a policy trained on random crops, cut to the middle."""
         return self.prepare(images)
 
     @torch.no_grad()
