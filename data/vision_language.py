@@ -70,9 +70,7 @@ def open_set(annotations: str | Path, images: str | Path | None = None, name: st
     path = Path(annotations)
     name = name or path.stem
     if not path.exists():
-        raise UserError(
-            f"{name}: {path} does not exist; download it (docs/co_training.md), or leave it out of cotrain.use"
-        )
+        raise UserError(f"{name}: {path} does not exist; download it (docs/genvla.md), or leave it out of cotrain.use")
     made = _of_json(name, path, images) if path.suffix == ".json" else _of_parquet(name, path)
     if not len(made):
         raise UserError(f"{path} holds no picture with a question and an answer ({made.left_out} rows left out)")

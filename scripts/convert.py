@@ -2,6 +2,7 @@
 
     python scripts/convert.py benchmark=libero_goal data.path=datasets/libero_goal
     python scripts/convert.py benchmark=libero_goal data.path=datasets/libero_goal to=lerobot out=datasets/goal_v3
+    python scripts/convert.py benchmark=libero_goal to=llava out=datasets/vl/own    # questions, to rehearse co-training
 
 train.py makes the store the first time it meets a folder; this chooses the place, and shows what is in it.
 """
@@ -32,8 +33,11 @@ def run(cfg: ConvertConfig) -> None:
     if cfg.to == "lerobot":
         write_lerobot(cfg, reading)
         return
+    if cfg.to == "llava":
+        write_questions(cfg, reading)
+        return
     if cfg.to != "store":
-        raise UserError(f"to={cfg.to} is not known; choose store or lerobot")
+        raise UserError(f"to={cfg.to} is not known; choose store, lerobot or llava")
     store = open_source(cfg.benchmark, cfg.data, Path(cfg.out) if cfg.out else None, cfg.pairing, reading=reading)
     meta = store.meta
     instructions = sorted({window["instruction"] for window in store.windows})
@@ -43,6 +47,17 @@ def run(cfg: ConvertConfig) -> None:
         print(f"  {sum(w['instruction'] == instruction for w in store.windows):5d} × {instruction}")
     print("  actions q01", [round(x, 3) for x in meta.statistics["q01"]])
     print("  actions q99", [round(x, 3) for x in meta.statistics["q99"]])
+
+
+def write_questions(cfg: ConvertConfig, reading: Reading) -> None:
+    from data.llava_writer import write_llava
+    from data.source import open_source
+
+    if not cfg.out:
+        raise UserError("to=llava needs a place: out=DIR")
+    store = open_source(cfg.benchmark, cfg.data, None, cfg.pairing, reading=reading)
+    count = write_llava(store, Path(cfg.out), cfg.count)
+    print(f"{cfg.out}: {count} questions about frames of {store.path}, for cotrain.sets")
 
 
 def write_lerobot(cfg: ConvertConfig, reading: Reading) -> None:

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.llava_writer import write_llava as write_questions
 from data.vision_language import Mixture, first_exchange, open_set
 from tests.vl_files import exchange, picture, write_llava, write_onevision, write_vqasynth
 from vla.errors import UserError
@@ -120,3 +121,31 @@ def test_sets_take_turns_and_every_example_comes_once_an_epoch(sets):
 def test_a_batch(sets):
     batch = Mixture(sets, 8, seed=0).batch(np.arange(7, 16))
     assert batch["images"].shape == (9, 3, 8, 8) and len(batch["question"]) == len(batch["answer"]) == 9
+
+
+def test_questions_about_demonstrations_are_read_again(store, tmp_path):
+    """Each answer is what the recording says of that very frame."""
+    assert write_questions(store, tmp_path / "own", count=40) == 40
+    found = open_set(tmp_path / "own/chat.json", tmp_path / "own/images")
+    rows = json.loads((tmp_path / "own/chat.json").read_text())
+    size = store.frames("static", np.array([0])).shape[1]
+    assert len(found) == 40 and len({question for question, _ in found.texts}) == 3
+    for index, row in enumerate(rows):
+        step = int(row["id"])
+        np.testing.assert_array_equal(found.image(index, size), store.frames("static", np.array([step]))[0])
+        question, answer = found.texts[index]
+        action = store.actions[step]
+        if "gripper to be" in question:
+            assert answer == ("open" if action[6] == 1 else "closed")
+        elif "which way" in question:
+            axis = int(np.argmax(np.abs(action[:3])))
+            ways = [["backward", "forward"], ["right", "left"], ["down", "up"]][axis]
+            assert answer == (ways[int(action[axis] > 0)] if abs(action[axis]) >= 0.05 else "it stays")
+        else:
+            window = store.windows[store.sample_window[np.flatnonzero(store.samples == step)[0]]]
+            assert answer == window["instruction"].lower()
+    with pytest.raises(UserError, match="exists; remove it"):
+        write_questions(store, tmp_path / "own", count=1)
+    with pytest.raises(UserError, match="has no camera side"):
+        write_questions(store, tmp_path / "other", count=1, camera="side")
+    assert not (tmp_path / "other").exists()

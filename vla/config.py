@@ -227,7 +227,10 @@ class CollectConfig:
 
 @dataclass(frozen=True)
 class ConvertConfig:
-    """to: store or lerobot, with video or PNG. gripper, orientation, keys: of a LeRobot source (data/lerobot.py)."""
+    """to: store, lerobot (with video or PNG) or llava (`count` questions, data/llava_writer.py).
+
+    gripper, orientation, keys: of a LeRobot source (data/lerobot.py).
+    """
 
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -235,6 +238,7 @@ class ConvertConfig:
     pairing: str = "aligned"
     to: str = "store"
     video: bool = True
+    count: int = 1000
     gripper: str | None = None
     orientation: str | None = None
     keys: dict[str, str | None] = field(default_factory=lambda: {"static": None, "wrist": None})
