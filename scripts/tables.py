@@ -1,9 +1,12 @@
-"""Comparison tables from a folder of results: rates and scores with intervals, arms paired on shared episodes.
+"""Tables from a folder of results: arms compared among themselves, or a paper's table with ours beside it.
 
     python scripts/tables.py results
     python scripts/tables.py results --csv table.csv --latex table.tex --alignment alignment.png
+    python scripts/tables.py table=idl_table1                     # results/ beside the paper's numbers
+    python scripts/tables.py results table=idl_table6 benchmark=libero_goal --sequential --markdown table.md
 
-Every number comes from the records below the folder; what the columns mean is told in vla/analysis/tables.py.
+Every number comes from the records below the folder; what the columns mean is told in vla/analysis/tables.py and
+vla/analysis/paper_tables.py.
 """
 
 from __future__ import annotations
@@ -27,27 +30,91 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python scripts/tables.py",
         description="Compare arms: one table per benchmark from the episode records and analyses below a folder, each "
-        "number with its n and 95 % interval, each pair of arms tested on the episodes they share (exact McNemar).",
-        epilog="Example: python scripts/tables.py results --csv table.csv --latex table.tex",
+        "number with its n and 95 % interval, each pair of arms tested on the episodes they share (exact McNemar). "
+        "With table=NAME: that table of the papers, our numbers beside the printed ones.",
+        epilog="Examples: python scripts/tables.py results --csv table.csv --latex table.tex; "
+        "python scripts/tables.py table=idl_table1",
     )
-    parser.add_argument("results", type=Path, help="folder that holds runs of evaluate.py, at any depth")
+    parser.add_argument("results", type=Path, nargs="?", help="folder of evaluate.py's runs, at any depth (results)")
+    parser.add_argument("--table", help="a paper's table: idl_table1 … genvla_fig5 (also as table=NAME)")
+    parser.add_argument("--benchmark", help="of a table: show its arms on another benchmark too, as a rehearsal")
+    parser.add_argument("--sequential", action="store_true", help="of a table: could a comparison have stopped early?")
     parser.add_argument("--csv", type=Path, help="write the numbers here, the comparisons to <name>_comparisons.csv")
-    parser.add_argument("--latex", type=Path, help="write both tables here (needs \\usepackage{booktabs})")
+    parser.add_argument("--latex", type=Path, help="write the tables here (needs \\usepackage{booktabs})")
+    parser.add_argument("--markdown", type=Path, help="of a table: write it here")
     parser.add_argument("--alignment", type=Path, help="draw the arms' state-feature alignment here (PNG)")
     parser.add_argument("--probes", type=Path, help="draw the frozen-encoder probes' training curves here (PNG)")
-    options = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser.parse_args([f"--{w}" if w.startswith(("table=", "benchmark=")) else w for w in words])
     try:
-        run(options.results, options.csv, options.latex, options.alignment, options.probes)
+        check_options(options)
+        if options.table:
+            run_paper(options)
+        else:
+            folder = options.results or Path("results")
+            run(folder, options.csv, options.latex, options.alignment, options.probes)
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 
+def check_options(options: argparse.Namespace) -> None:
+    only_table, never_table = ("benchmark", "sequential", "markdown"), ("alignment", "probes")
+    for name in never_table if options.table else only_table:
+        if getattr(options, name):
+            remedy = "leave it out" if options.table else "add table=NAME"
+            raise UserError(f"--{name} does not go {'with' if options.table else 'without'} table=NAME: {remedy}")
+    for name in ("csv", "latex", "markdown", "alignment", "probes"):
+        path = getattr(options, name)
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"{path} cannot be written: create the folder {path.parent} first")
+
+
+def run_paper(options: argparse.Namespace) -> None:
+    """A table of a paper; where no folder was given and there is no results/, nothing has been run."""
+    from envs.records import write_atomic
+    from vla.analysis import paper_print
+    from vla.analysis.paper_results import load_runs
+    from vla.analysis.paper_tables import compare_with_paper
+    from vla.analysis.papers import load_paper
+
+    paper, folder = load_paper(options.table), options.results or Path("results")
+    runs = [] if options.results is None and not folder.exists() else load_runs(folder)
+    sheet = compare_with_paper(paper, runs, options.benchmark, options.sequential)
+    out = console()
+    for table in paper_print.text_tables(sheet, options.sequential):
+        print_table(out, table.text, table.title, table.caption)
+    for note in paper_print.notes(sheet):
+        out.print(f"Note: {note}", soft_wrap=True)
+    if options.csv is not None:
+        write_atomic(options.csv, paper_print.numbers(sheet).to_csv(index=False))
+    if options.markdown is not None:
+        write_atomic(options.markdown, paper_print.markdown(sheet, options.sequential))
+    if options.latex is not None:
+        write_atomic(options.latex, paper_print.latex(sheet, options.sequential))
+
+
+def console() -> Console:
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 140  # a log file does not wrap at 80
+    return Console(width=width, markup=False, highlight=False)
+
+
+def print_table(console: Console, text: pd.DataFrame, title: str | None, caption: str) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
+    for column in text.columns:
+        table.add_column(column)
+    for row in text.itertuples(index=False):
+        table.add_row(*row)
+    console.print(table)
+
+
 def run(
     folder: Path, csv: Path | None, latex: Path | None, alignment: Path | None = None, probes: Path | None = None
 ) -> None:
-    from rich.console import Console
-
     from vla.analysis import tables
     from vla.analysis.chains import chains_table
     from vla.analysis.probe_tables import load_losses
@@ -55,20 +122,16 @@ def run(
     from vla.analysis.simpler_tables import show as show_scores
     from vla.analysis.vqa_tables import show_representations
 
-    for path in (csv, latex, alignment, probes):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{path} cannot be written: create the folder {path.parent} first")
     episodes, analyses = tables.load(folder)
     results, comparisons = tables.results_table(episodes, analyses), tables.comparison_table(episodes)
-    width = None if sys.stdout.isatty() else 140  # a log file does not wrap at 80
-    console = Console(width=width, markup=False, highlight=False)
-    show(console, results, comparisons)
-    show_chains(console, *chains_table(episodes))
-    show_scores(console, protocol_scores(episodes), tables.titles(results))
-    show_losses(console, load_losses(folder))
-    show_representations(console, folder)
+    out = console()
+    show(out, results, comparisons)
+    show_chains(out, *chains_table(episodes))
+    show_scores(out, protocol_scores(episodes), tables.titles(results))
+    show_losses(out, load_losses(folder))
+    show_representations(out, folder)
     for note in tables.notes(episodes, results):
-        console.print(f"Note: {note}")
+        out.print(f"Note: {note}")
     if csv is not None:
         write_csv(csv, results, comparisons)
     if latex is not None:
@@ -85,17 +148,7 @@ def run(
 
 def show(console: Console, results: pd.DataFrame, comparisons: pd.DataFrame) -> None:
     """Print one table per benchmark and set of conditions, its paired comparisons below it."""
-    from rich.table import Table
-
     from vla.analysis import tables
-
-    def print_table(text: pd.DataFrame, title: str | None, caption: str) -> None:
-        table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
-        for column in text.columns:
-            table.add_column(column)
-        for row in text.itertuples(index=False):
-            table.add_row(*row)
-        console.print(table)
 
     text, compared = tables.printable(results), tables.printable_comparisons(comparisons, results)
     for title in dict.fromkeys(text.benchmark):
@@ -103,11 +156,11 @@ def show(console: Console, results: pd.DataFrame, comparisons: pd.DataFrame) -> 
         conditions = json.loads(results.conditions[mine].iloc[0])
         caption = "value [95 % interval] (successes/episodes; held-out demonstrations; frame pairs)"
         caption += "\n" + ", ".join(f"{name}={value}" for name, value in conditions.items())
-        print_table(text[mine].drop(columns="benchmark"), title, caption)
+        print_table(console, text[mine].drop(columns="benchmark"), title, caption)
         pairs = compared[compared.benchmark == title]
         if len(pairs):
             shown = [c for c in pairs.columns[1:-1] if c != "Holm" or (pairs[c] != tables.NONE).any()]
-            print_table(pairs[shown], None, "paired on shared (task, seed), difference = first - second")
+            print_table(console, pairs[shown], None, "paired on shared (task, seed), difference = first - second")
             for row in pairs.itertuples():
                 console.print(f"{row.arms}: {row.verdict}")
             console.print(tables.PAIR_NOTE, style="dim")

@@ -182,19 +182,19 @@ def printable_comparisons(comparisons: pd.DataFrame, results: pd.DataFrame) -> p
 
 
 def _load_run(folder: Path) -> pd.DataFrame:
-    header = _read_json(folder / "run.json")
+    header = read_json(folder / "run.json")
     arm = header.get("arm") or header.get("policy_name")
     if not arm:
         raise UserError(f"{folder / 'run.json'} names no arm: add the key 'arm', the label of this run in the table")
     rows = load_records(folder)
     missing = UNKNOWN
     if (folder / "summary.json").exists():
-        summary = _read_json(folder / "summary.json")
+        summary = read_json(folder / "summary.json")
         if lacking := {"n", "missing"} - summary.keys():
             raise UserError(f"{folder / 'summary.json'} lacks {sorted(lacking)[0]!r}: run that evaluation again")
         missing = summary["n"] + summary["missing"] - len(rows)  # rows may be newer than the summary
     conditions = {k: v for k, v in header.get("env_kwargs", {}).items() if k not in POLICY_SIDE}
-    if "protocol" in header:
+    if header.get("protocol") and "env" in header:
         conditions["simulator"] = header["env"].split(".")[-1].split(":")[0]
     if (evaluation := header.get("evaluation", "rollout")) != "rollout":
         conditions |= {"evaluation": evaluation}
@@ -209,7 +209,7 @@ def _load_run(folder: Path) -> pd.DataFrame:
 
 
 def _load_analysis(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    content = _read_json(path)
+    content = read_json(path)
     if lacking := [key for key in ("benchmark", "arm", *keys) if key not in content]:
         raise UserError(f"{path} lacks the key {lacking[0]!r}: run that evaluation again")
     rows = []
@@ -223,7 +223,8 @@ def _load_analysis(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A header or a result, UserError naming the file where it is none."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
