@@ -6,6 +6,7 @@ python scripts/bench.py loader             samples/s: frame store, and CALVIN's 
 python scripts/bench.py probe              seconds of a frozen-encoder probe: first, second, without kept tokens
 python scripts/bench.py latency            ms per action chunk of every baseline and size, on the device at hand
 python scripts/bench.py latency --baseline flower pi0 --size tiny --json latency.json
+python scripts/bench.py decode             ms of an action said as text, and as seven tokens by the same model
 """
 
 from __future__ import annotations
@@ -67,7 +68,14 @@ def arguments() -> argparse.Namespace:
     four.add_argument("--frames", type=int, default=1500, help="of the task (a LIBERO task has about 7,000)")
     four.add_argument("--steps", type=int, default=1000, help="of the probe's training")
     four.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    for command, measure in ((one, rollout), (two, latency), (three, loader), (four, probe)):
+    five = commands.add_parser("decode", help="ms of an action as text beside that of seven tokens")
+    five.add_argument("--baseline", choices=["openvla", "pi0", "vlm4vla", "spatialvla"], default="openvla")
+    five.add_argument("--size", choices=["tiny", "small"], default="tiny")
+    five.add_argument("--batch", nargs="+", type=int, default=[1, 16], help="environments at a time")
+    five.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    five.add_argument("--repeats", type=int, default=20, help="rounds that are timed")
+    five.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    for command, measure in ((one, rollout), (two, latency), (three, loader), (four, probe), (five, decode)):
         command.set_defaults(measure=measure)
         command.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
@@ -106,6 +114,18 @@ def latency(options: argparse.Namespace):
         torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     result = measure(options.baseline, options.size, device, options.dtype, options.repeats)
+    return show(result), result
+
+
+def decode(options: argparse.Namespace):
+    import torch
+
+    from vla.bench.decode import measure, show
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    result = measure(options.baseline, options.size, options.batch, device, options.repeats)
     return show(result), result
 
 

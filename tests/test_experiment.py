@@ -109,7 +109,7 @@ def test_the_command_line_is_in_hydras_order(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["experiment=idl_table9"], "experiment=idl_table9 does not exist; choose one of: idl_table1"),
+        (["experiment=idl_table9"], "experiment=idl_table9 does not exist; choose one of: genvla_fig3"),
         (["experiment=idl_table1"], "experiment=idl_table1 has 12 runs; add -m"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 
 from data.normalization import ActionNormalizer, ActionStatistics
 from vla.baselines.flower import Flower
+from vla.build import of_build
 from vla.checkpoint import load_policy
 from vla.cli import compose_config
 from vla.config import ConvertWeightsConfig
@@ -38,7 +39,7 @@ def policy() -> Flower:
     own = {k: v for k, v in asdict(full).items() if k not in ("name", "pretrained", "dit_config")}
     own |= {"vision_config": VISION, "text_config": TEXT | {"vocab_size": 460, "pad_token_id": 1}, "dit_config": DIT}
     own |= {"chunk": 10, "cameras": ["static", "wrist"], "tap": "post_projector"}
-    policy = Flower.build(normalizer(), **own).eval()
+    policy = Flower.build(normalizer(), **of_build(own)).eval()
     with torch.no_grad():
         policy.dit.adaln.weight.normal_(std=0.1)
         policy.flow.copy_(policy.encoder.embed_tokens.weight[-1])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from data.normalization import ActionNormalizer, ActionStatistics
 from tests.test_openvla import as_timm, frames, llama_tokenizer, naive_vit, randomised
 from vla.baselines.openvla import OpenVLA
+from vla.build import of_build
 from vla.checkpoint import load_policy
 from vla.cli import compose_config
 from vla.config import ConvertWeightsConfig
@@ -47,7 +48,7 @@ def policy() -> OpenVLA:
     arguments = policy_arguments(compose_config("train", "baseline=openvla", "size=full"))
     arguments |= dict(pretrained=None, dino_config=DINO, siglip_config=SIGLIP, text_config=TEXT, image_size=42)
     normalizer = ActionNormalizer(ActionStatistics(**statistics(1)), "q99")
-    policy = randomised(OpenVLA.build(normalizer, **arguments, tokenizer=llama_tokenizer()))
+    policy = randomised(OpenVLA.build(normalizer, **of_build(arguments), tokenizer=llama_tokenizer()))
     policy.dino.embeddings.position_embeddings.data[:, 0] = 0
     for parameter in policy.parameters():  # the released weights are in bf16
         parameter.data = parameter.data.bfloat16().float()
@@ -257,7 +258,7 @@ def test_pretrained_takes_any_of_them(policy, base_folder, transformers_folder):
     """`policy.pretrained` is a source of the converter: the same weights, the run's own statistics."""
     arguments = policy_arguments(compose_config("train", "baseline=openvla", "size=full"))
     for folder in (base_folder, transformers_folder):
-        built = OpenVLA.build(policy.normalizer, **arguments | {"pretrained": str(folder)}).eval()
+        built = OpenVLA.build(policy.normalizer, **of_build(arguments) | {"pretrained": str(folder)}).eval()
         for key, value in policy.state_dict().items():
             torch.testing.assert_close(built.state_dict()[key], value, atol=1e-6, rtol=0)
         assert built.architecture()["pretrained"] is None and built.image_size == 42
@@ -307,7 +308,7 @@ def test_what_is_missing_or_damaged_is_named(transformers_folder, native_folder,
         convert(folder, tmp_path / "out")
     arguments = policy_arguments(compose_config("train", "baseline=openvla", "size=full"))
     with pytest.raises(UserError, match=r"policy\.pretrained=.*no vision weights.*init_from") as caught:
-        OpenVLA.build(None, **arguments | {"pretrained": str(folder)})
+        OpenVLA.build(None, **of_build(arguments) | {"pretrained": str(folder)})
     assert "\n" not in str(caught.value)
     folder = shutil.copytree(native_folder, tmp_path / "torn")
     file = next((folder / "checkpoints").iterdir())
@@ -324,7 +325,7 @@ def test_missing_weights_behind_pretrained_are_one_line(transformers_folder, tmp
     edit(folder, lambda s: s.pop("projector.fc3.bias"))
     arguments = policy_arguments(compose_config("train", "baseline=openvla", "size=full"))
     with pytest.raises(UserError, match=r"policy\.pretrained=.*projector\.4\.bias") as caught:
-        OpenVLA.build(policy.normalizer, **arguments | {"pretrained": str(folder)})
+        OpenVLA.build(policy.normalizer, **of_build(arguments) | {"pretrained": str(folder)})
     assert "\n" not in str(caught.value)
 
 

@@ -26,6 +26,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vla import plan
 from vla.config import register, typed
 from vla.errors import UserError
 from vla.experiment import expand
@@ -59,6 +60,10 @@ def main(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
             failed: list[SystemExit] = []
             with one_line(name):
                 sys.argv[1:] = expand(name, sys.argv[1:], CONF)
+                if plan.DRY_RUN in sys.argv:
+                    cells = (compose_config(name, *job) for job in plan.jobs(sys.argv[1:]))
+                    plan.show(name, [cell_of(cell, name) for cell in cells])
+                    return
                 compose_and_run()
             if failed:
                 fail(f"{len(failed)} of the sweep's runs ended with the errors above")

@@ -50,14 +50,14 @@ def expand(program: str, arguments: list[str], conf: Path) -> list[str]:
         if not any(key_of(argument) == "policy" for argument in ours):
             sweep.append("policy=" + ",".join(quoted(RUN + run) for run in runs))
     else:
-        of_runs = [argument for argument in rest if not key_of(argument).startswith("hydra")]
+        of_runs = [argument for argument in rest if not key_of(argument).startswith(("hydra", "dry_run"))]
         ours, runs = rest, [run for block in table["train"] for run in product(block, of_runs)]
         if len(table["train"]) == 1:
             sweep = sweeps(table["train"][0], rest)
         else:
             sweep = ["cell=" + ",".join(quoted(" ".join(run)) for run in runs)]
             ours = [argument for argument in rest if argument not in of_runs or argument.startswith("-")]
-    if len(runs) > 1 and not {"-m", "--multirun", "--help", "-h", "--cfg", "-c"} & set(ours):
+    if len(runs) > 1 and not {"-m", "--multirun", "--help", "-h", "--cfg", "-c", "dry_run=true"} & set(rest):
         raise UserError(f"experiment={named[-1]} has {len(runs)} runs; add -m to run them all")
     overrides = [argument for argument in ours if "=" in argument and not argument.startswith("-")]
     flags = [argument for argument in ours if argument not in overrides]

@@ -144,6 +144,7 @@ def fit(
         seconds=round(time.monotonic() - started, 1),
         config_hash=run_hash(cfg),
         data_hash=store.meta.content_hash,
+        hardware=torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()}, CPU",
         commit=commit(),
         versions={name: importlib.metadata.version(name) for name in PACKAGES} | {"python": platform.python_version()},
     )

@@ -36,6 +36,7 @@ from data.normalization import ActionNormalizer
 from vla.action_tokens.bins import UniformBins
 from vla.dual_encoder import require_own_tap
 from vla.errors import UserError
+from vla.fast_decode import likeliest_tokens
 from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized, hold_last
 from vla.released.openvla import read
 from vla.released.source import resolve
@@ -288,20 +289,10 @@ class OpenVLA(Policy):
         embeds = self.embed(visual, ids)
         position = lengths + embeds.shape[1] - ids.shape[1] - 1  # of the last token that is no padding
         output = self.language_model.model(inputs_embeds=embeds, use_cache=True)
-        mask = (torch.arange(embeds.shape[1], device=ids.device) <= position[:, None]).long()
+        seen = torch.arange(embeds.shape[1], device=ids.device) <= position[:, None]
         hidden = output.last_hidden_state[torch.arange(len(ids), device=ids.device), position]
-        said = [self.language_model.lm_head(hidden).argmax(-1)]
-        while len(said) < DIMS * self.chunk:
-            mask, position = F.pad(mask, (0, 1), value=1), position + 1
-            output = self.language_model.model(
-                input_ids=said[-1][:, None],
-                attention_mask=mask,
-                position_ids=position[:, None],
-                past_key_values=output.past_key_values,
-                use_cache=True,
-            )
-            said.append(self.language_model.lm_head(output.last_hidden_state[:, 0]).argmax(-1))
-        return torch.stack(said, dim=1)
+        model, head = self.language_model.model, self.language_model.lm_head
+        return likeliest_tokens(model, head, hidden, output.past_key_values, seen, position + 1, DIMS * self.chunk)
 
 
 def without_last_block(tower: Dinov2WithRegistersModel | SiglipVisionModel) -> nn.Module:

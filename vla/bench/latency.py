@@ -70,11 +70,11 @@ def _row(baseline: str, size: str, device: str, dtype: str, repeats: int) -> dic
     }
 
 
-def random_policy(baseline: str, size: str) -> tuple[Policy, object]:
+def random_policy(baseline: str, size: str, *overrides: str) -> tuple[Policy, object]:
     """The policy of a configuration with random weights in place of released ones, and the configuration."""
     sources = [name for name in POLICIES[baseline].__dataclass_fields__ if name.startswith("pretrained")]
     released = [f"policy.{name}=null" for name in sources] if size == "full" else []
-    cfg = compose_config("train", f"baseline={baseline}", f"size={size}", *released)
+    cfg = compose_config("train", f"baseline={baseline}", f"size={size}", *released, *overrides)
     unit = {"mean": 0.0, "std": 1.0, "min": -1.0, "max": 1.0, "q01": -1.0, "q99": 1.0}
     state = {name: [value] * STATE for name, value in unit.items()}
     statistics = ActionStatistics(**{name: [value] * 7 for name, value in unit.items()}, count=1, state=state)
