@@ -24,6 +24,7 @@ from envs.collection import Settings, collect
 from envs.libero import LiberoEnv
 from vla.errors import UserError
 
+pytestmark = pytest.mark.xdist_group("collection")  # two collections are shared: once, not once a worker
 SETTINGS = Settings("libero_goal", 8, 2, ("wrist",), 64, 0, 30, 0.05, 0.4, 0)
 
 

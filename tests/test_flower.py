@@ -12,6 +12,7 @@ from transformers import Florence2Config, Florence2ForConditionalGeneration
 
 from data.normalization import ActionNormalizer, ActionStatistics
 from vla.baselines.flower import MEAN, STD, Flower
+from vla.build import of_build
 from vla.checkpoint import export_policy, load_policy
 from vla.cli import compose_config
 from vla.dit import FlowTransformer, RMSNorm, SwiGLU
@@ -38,7 +39,7 @@ def normalizer(scheme: str = "none") -> ActionNormalizer:
 
 def arguments(**changes) -> dict:
     full = asdict(compose_config("train", "baseline=flower", "size=full").policy)
-    own = {k: v for k, v in full.items() if k not in ("name", "pretrained")}
+    own = {k: v for k, v in of_build(full).items() if k not in ("name", "pretrained")}
     dims = {"vision_config": VISION, "text_config": TEXT, "dit_config": DIT, "max_text_tokens": 200}
     return own | dims | {"chunk": 10, "cameras": ["static", "wrist"], "tap": "post_projector"} | changes
 

@@ -60,17 +60,12 @@ def test_what_is_finished_is_not_counted(tmp_path):
 
 
 def test_the_command_runs_nothing(tmp_path):
-    command = [
-        sys.executable,
-        str(CONF.parent / "train.py"),
-        "-m",
-        "experiment=genvla_table2",
-        "size=tiny",
-        plan.DRY_RUN,
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "9 runs" in done.stdout and "openvla-tiny-plus-simpler_google_vm-s0-" in done.stdout
-    assert list(tmp_path.iterdir()) == []
-    command[1] = str(CONF.parent / "scripts/collect.py")
-    refused = subprocess.run([*command[:2], plan.DRY_RUN], cwd=tmp_path, capture_output=True, text=True, check=False)
+    def run(script: str, *words: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(CONF.parent / script), *words, plan.DRY_RUN]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    done = run("train.py", "-m", "baseline=openvla", "ablation=vanilla,plus")
+    assert done.returncode == 0 and "2 runs" in done.stdout and "openvla-tiny-plus-libero_goal-s0-" in done.stdout
+    refused = run("scripts/collect.py")
     assert refused.returncode == 2 and "dry_run is of train.py and evaluate.py" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
