@@ -24,7 +24,12 @@ def cells(program: str, *arguments: str) -> list[list[str]]:
     return [job for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
 
 
-@pytest.mark.parametrize("name", choices("experiment"))
+FAST = ("idl_table3", "genvla_table4")  # one that is a product, one that is not
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in choices("experiment")]
+)
 def test_every_cell_composes_and_is_another_run(name):
     """As a rehearsal, with the one override that makes it one."""
     size = "tiny"

@@ -14,6 +14,7 @@ from vla.build import BASELINES
 from vla.cli import CONF
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_per_baseline_and_size(tmp_path):
     arguments = ("latency", "--baseline", "vlm4vla", "--size", "tiny", "full", "--repeats", "2", "--json", "out.json")
     done = subprocess.run(

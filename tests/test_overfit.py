@@ -21,7 +21,9 @@ def best_possible(policy, actions: torch.Tensor) -> torch.Tensor:
     return (normalized if grid is None else grid.decode(grid.encode(normalized)))[..., :6]
 
 
-@pytest.mark.parametrize("baseline", BASELINES)
+@pytest.mark.parametrize(  # FLOWER's takes half a minute
+    "baseline", [b if b != "flower" else pytest.param(b, marks=pytest.mark.slow) for b in BASELINES]
+)
 def test_one_batch_is_learnt_by_heart(baseline, store):
     module, cfg = build(baseline, "vanilla", store)
     batch = batch_of(store, cfg, size=6, pairs=None)

@@ -59,6 +59,7 @@ def test_what_is_finished_is_not_counted(tmp_path):
     assert plan.training(runs).caption.startswith("2 to run: about 0 GPU hours")
 
 
+@pytest.mark.slow
 def test_the_command_runs_nothing(tmp_path):
     def run(script: str, *words: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(CONF.parent / script), *words, plan.DRY_RUN]

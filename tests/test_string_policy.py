@@ -88,7 +88,11 @@ def test_off_is_the_plain_baseline(baseline, store):
 
 @pytest.mark.parametrize(
     ("baseline", "form"),
-    [("openvla", "genvla"), pytest.param("openvla", "fixed", marks=pytest.mark.slow), ("pi0", "genvla")],
+    [
+        ("openvla", "genvla"),
+        pytest.param("openvla", "fixed", marks=pytest.mark.slow),
+        pytest.param("pi0", "genvla", marks=pytest.mark.slow),
+    ],
 )
 def test_a_batch_learnt_is_said_again_with_and_without_the_constraint(baseline, form, store):
     module, batch, losses = learnt_by_heart(baseline, store, f"policy.string.form={form}")
