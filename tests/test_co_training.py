@@ -54,7 +54,7 @@ def test_every_combination_trains_exports_and_acts(baseline, combination, invers
     assert not any("inverse" in name for name in policy.state_dict())
 
 
-@pytest.mark.parametrize(("baseline", "arm"), itertools.product(["openvla", "pi0"], ["vanilla", "ptr"]))
+@pytest.mark.parametrize(("baseline", "arm"), [*itertools.product(["openvla", "pi0"], ["vanilla", "ptr"])])
 def test_with_everything_off_a_run_is_the_plain_one(baseline, arm, store, tmp_path):
     """What the keys of D, S and C say does not matter while they are off: same name, same weights, bit for bit."""
     off = ("policy.dual=false", "policy.actions=native", "policy.string.form=fixed", "cotrain.share=0.3", "max_steps=2")
