@@ -72,11 +72,11 @@ def check_options(options: argparse.Namespace) -> None:
 
 def run_paper(options: argparse.Namespace) -> None:
     """A table of a paper; where no folder was given and there is no results/, nothing has been run."""
-    from envs.records import write_atomic
     from vla.analysis import paper_print
     from vla.analysis.paper_results import load_runs
     from vla.analysis.paper_tables import compare_with_paper
     from vla.analysis.papers import load_paper
+    from vla.files import write_atomic
 
     paper, folder = load_paper(options.table), options.results or Path("results")
     runs = [] if options.results is None and not folder.exists() else load_runs(folder)
@@ -118,14 +118,15 @@ def run(
     from vla.analysis import tables
     from vla.analysis.chains import chains_table
     from vla.analysis.probe_tables import load_losses
+    from vla.analysis.seed_tables import compare_over_seeds
     from vla.analysis.simpler_tables import protocol_scores
     from vla.analysis.simpler_tables import show as show_scores
     from vla.analysis.vqa_tables import show_representations
 
     episodes, analyses = tables.load(folder)
     results, comparisons = tables.results_table(episodes, analyses), tables.comparison_table(episodes)
-    out = console()
-    show(out, results, comparisons)
+    out, over_seeds = console(), compare_over_seeds(episodes, analyses)
+    show(out, results, comparisons, over_seeds)
     show_chains(out, *chains_table(episodes))
     show_scores(out, protocol_scores(episodes), tables.titles(results))
     show_losses(out, load_losses(folder))
@@ -146,9 +147,10 @@ def run(
         plot_probes(folder, probes)
 
 
-def show(console: Console, results: pd.DataFrame, comparisons: pd.DataFrame) -> None:
+def show(console: Console, results: pd.DataFrame, comparisons: pd.DataFrame, over_seeds: pd.DataFrame) -> None:
     """Print one table per benchmark and set of conditions, its paired comparisons below it."""
     from vla.analysis import tables
+    from vla.analysis.seed_tables import told
 
     text, compared = tables.printable(results), tables.printable_comparisons(comparisons, results)
     for title in dict.fromkeys(text.benchmark):
@@ -156,7 +158,8 @@ def show(console: Console, results: pd.DataFrame, comparisons: pd.DataFrame) -> 
         conditions = json.loads(results.conditions[mine].iloc[0])
         caption = "value [95 % interval] (successes/episodes; held-out demonstrations; frame pairs)"
         caption += "\n" + ", ".join(f"{name}={value}" for name, value in conditions.items())
-        print_table(console, text[mine].drop(columns="benchmark"), title, caption)
+        shown = [c for c in text.columns[1:] if c in ("arm", "success rate") or (text[c][mine] != tables.NONE).any()]
+        print_table(console, text.loc[mine, shown], title, caption)
         pairs = compared[compared.benchmark == title]
         if len(pairs):
             shown = [c for c in pairs.columns[1:-1] if c != "Holm" or (pairs[c] != tables.NONE).any()]
@@ -164,6 +167,12 @@ def show(console: Console, results: pd.DataFrame, comparisons: pd.DataFrame) -> 
             for row in pairs.itertuples():
                 console.print(f"{row.arms}: {row.verdict}")
             console.print(tables.PAIR_NOTE, style="dim")
+        benchmark, conditions = results.benchmark[mine].iloc[0], results.conditions[mine].iloc[0]
+        last = title == text.benchmark[results.benchmark == benchmark].iloc[-1]
+        wanted = over_seeds.conditions.isin({conditions, ""} if last else {conditions})  # "": of no conditions
+        for row in over_seeds[(over_seeds.benchmark == benchmark) & wanted].itertuples():
+            said = f"{row.arm_a} vs {row.arm_b}, {row.measure} over training seeds: {told(row)}: {row.verdict}"
+            console.print(said, soft_wrap=True)
         console.print()
 
 
@@ -171,7 +180,7 @@ def show_chains(console: Console, results: pd.DataFrame, comparisons: pd.DataFra
     """CALVIN's own numbers: SR 1-5 in percent and Avg. Len. with its interval, arms paired on the chains they share."""
     from rich.table import Table
 
-    from vla.analysis.statistics import format_p
+    from vla.analysis.statistics import format_interval, format_p
 
     for benchmark, rows in results.groupby("benchmark") if len(results) else ():
         caption = "SR k: share of chains with k subtasks done in a row, %; Avg. Len. with its 95 % interval over chains"
@@ -180,7 +189,7 @@ def show_chains(console: Console, results: pd.DataFrame, comparisons: pd.DataFra
             table.add_column(column)
         for row in rows.itertuples():
             shares = [f"{100 * getattr(row, f'sr{k}'):.1f}" for k in range(1, 6)]
-            interval = f"{row.avg_len:.2f} [{row.low:.2f}, {row.high:.2f}]"
+            interval = f"{row.avg_len:.2f} {format_interval(row.low, row.high)}"
             table.add_row(row.arm, row.train_seed, str(row.n), *shares, interval)
         console.print(table)
         for row in comparisons[comparisons.benchmark == benchmark].itertuples() if len(comparisons) else ():
@@ -202,6 +211,8 @@ def show_losses(console: Console, losses: pd.DataFrame) -> None:
         low, high = getattr(row, f"{measure}_low"), getattr(row, f"{measure}_high")
         return f"{getattr(row, measure):.4f}" + ("" if low != low else f" [{low:.4f}, {high:.4f}]")
 
+    if losses.baseline.nunique() > 1:
+        losses = losses.assign(arm=losses.baseline + " " + losses.arm)
     compared = compare_losses(losses)
     for (benchmark, probe), rows in loss_table(losses).groupby(["benchmark", "probe"]) if len(losses) else ():
         caption = "mean loss, lower is better [95 % interval over tasks]"
@@ -222,7 +233,7 @@ def show_losses(console: Console, losses: pd.DataFrame) -> None:
 
 
 def write_csv(path: Path, results: pd.DataFrame, comparisons: pd.DataFrame) -> None:
-    from envs.records import write_atomic
+    from vla.files import write_atomic
 
     write_atomic(path, results.to_csv(index=False))
     write_atomic(path.with_name(f"{path.stem}_comparisons{path.suffix}"), comparisons.to_csv(index=False))
@@ -230,8 +241,8 @@ def write_csv(path: Path, results: pd.DataFrame, comparisons: pd.DataFrame) -> N
 
 def write_latex(path: Path, results: pd.DataFrame, comparisons: pd.DataFrame) -> None:
     """Two booktabs tabulars, text escaped; dashes and < spelt so that any engine and font encoding sets them."""
-    from envs.records import write_atomic
     from vla.analysis import tables
+    from vla.files import write_atomic
 
     texts = tables.printable(results), tables.printable_comparisons(comparisons, results).drop(columns="verdict")
     source = "\n".join(text.to_latex(index=False, escape=True) for text in texts if len(text))

@@ -10,10 +10,10 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from vla.cli import CONF, cell_of, choices, compose_config
-from vla.config import run_dir
+from vla.cli import CONF, cell_of, choices, compose_config, multirun_first
 from vla.errors import UserError
 from vla.experiment import RUN, expand, policy_of_run, read
+from vla.run_identity import run_dir
 
 
 def cells(program: str, *arguments: str) -> list[list[str]]:
@@ -83,6 +83,41 @@ def test_where_data_differ_they_are_the_evaluations():
     run = compose_config("train", *cfg.policy.removeprefix(RUN).split())
     assert (cfg.benchmark.name, cfg.data.path) == ("libero_four", "d")
     assert (run.benchmark.name, run.data.path, run.max_steps, run.max_epochs) == ("libero_90", "e", 9, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "runs"),
+    [
+        ("baseline=openvla ablation=dual_string", ["openvla dual_string 0"]),
+        ("ablation=plus", ["openvla plus 0", "pi0 plus 0"]),
+        ("ablation=plus,dual seed=1,2", [f"{run} {seed}" for run in ("openvla dual", "openvla plus", "pi0 plus") for seed in "12"]),  # noqa: E501
+        ("baseline=pi0 ablation=ptr", ["pi0 ptr 0"]),
+        ("baseline=flower ablation=ptr", ["flower ptr 0", "flower ptr 0"]),
+    ],
+)  # fmt: skip
+def test_a_key_on_which_blocks_differ_picks_among_them(words, runs):
+    """GenVLA table II: seven arms of OpenVLA, two of π0, which alone has chunk=1."""
+    for program in ("train", "evaluate"):
+        found = []
+        for job in cells(program, "-m", "experiment=genvla_table2", "size=tiny", *words.split()):
+            cfg = compose_config(program, *job)
+            if program == "evaluate":
+                cfg = compose_config("train", *cfg.policy.removeprefix(RUN).split())
+            cfg = cell_of(cfg, "train")
+            assert cfg.policy.name != "pi0" or cfg.chunk == 1
+            found.append(f"{cfg.policy.name} {cfg.arm} {cfg.seed}")
+        assert sorted(found) == runs
+
+
+def test_multirun_may_stand_anywhere():
+    assert multirun_first(["seed=0,1", "-m", "size=tiny", "--cfg", "job"]) == [
+        "-m",
+        "seed=0,1",
+        "size=tiny",
+        "--cfg",
+        "job",
+    ]
+    assert multirun_first(["seed=0"]) == ["seed=0"]
 
 
 def test_lists_are_one_value():

@@ -134,6 +134,7 @@ def probe(name: str, encoder: Path, demonstrations: FrameStore, root: str, *over
     return evaluate(compose_config("evaluate", *where, *short, *overrides))
 
 
+@pytest.mark.slow
 def test_cloning_probe_is_the_same_cached_or_not_and_on_two_processes(encoder, demonstrations, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     steps = "evaluation.probe.steps=12"

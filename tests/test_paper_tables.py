@@ -13,10 +13,13 @@ from paper_runs import identity, write_chains, write_episodes, write_json
 from envs.simpler.protocol import aggregate, cells
 from scripts.tables import main
 from vla.analysis import paper_print
+from vla.analysis.paper_print import commands
 from vla.analysis.paper_results import deviations, load_runs, score_weights
 from vla.analysis.paper_tables import compare_with_paper
-from vla.analysis.papers import load_paper
+from vla.analysis.papers import load_paper, papers
+from vla.cli import CONF
 from vla.errors import UserError
+from vla.experiment import expand
 
 
 @pytest.fixture
@@ -132,6 +135,19 @@ def test_missing_runs_are_shown_with_their_commands(chains, capsys):
     assert "python train.py -m experiment=idl_table1 baseline=flower ablation=ptr && python evaluate.py -m" in printed
     assert "4.54 (a)" in printed and "(a) FLOWER, Avg. Len.: 4.54 does not follow: its columns give 4.48." in printed
     assert "ablation=vanilla" in printed.split("Not run: FLOWER:")[1] and "Not run: VLM4VLA" not in printed
+
+
+def test_the_commands_of_missing_rows_name_runs_of_their_experiments():
+    for name in papers():
+        paper = load_paper(name)
+        for row in paper.rows:
+            if row.arm is None:
+                continue
+            for command in commands(paper, row, paper.columns):
+                if "experiment=" in command:
+                    words = command.partition(" && ")[0].removeprefix("python train.py ").split()
+                    told = " ".join(expand("train", [*words, "-m"], CONF))
+                    assert re.search(rf"(ablation|arm)=[\w,]*{row.arm}\b", told) and f"={row.baseline}" in told
 
 
 def score_runs(root, groups=("pick_coke_can", "open_drawer", "close_drawer", "move_near"), lost=0):
@@ -287,7 +303,7 @@ def test_another_benchmark_is_a_rehearsal(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["table=idl_table9"], "table=idl_table9 does not exist; choose one of: genvla_fig4"),
+        (["table=idl_table9"], "table=idl_table9 does not exist; choose one of: genvla_fig3"),
         (["nowhere", "table=idl_table1"], "nowhere is not a folder"),
         (["--sequential"], "--sequential does not go without table=NAME: add table=NAME"),
         (["table=idl_table1", "--probes", "x.png"], "--probes does not go with table=NAME"),

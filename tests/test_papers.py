@@ -96,7 +96,7 @@ def test_files_that_are_no_table_are_refused():
     for wrong in (good, good | {"columns": [column], "extra": 1}, *(good | {"columns": c} for c in columns)):
         with pytest.raises(UserError, match=r"data/papers/made\.yaml"):
             read_paper("made", wrong)
-    with pytest.raises(UserError, match="choose one of: genvla_fig4"):
+    with pytest.raises(UserError, match="choose one of: genvla_fig3"):
         load_paper("idl_table9")
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from vla import plan
 from vla.cli import CONF, cell_of, choices, compose_config
-from vla.config import run_dir
 from vla.experiment import expand
+from vla.run_identity import run_dir
 
 
 def configs(program: str, *words: str) -> list:
@@ -54,7 +54,7 @@ def test_what_is_finished_is_not_counted(tmp_path):
     (run_dir(runs[0]) / "policy" / "config.json").write_text("{}")
     (run_dir(runs[1]) / "checkpoints").mkdir(parents=True)
     for step in (500, 1000):
-        (run_dir(runs[1]) / "checkpoints" / f"step={step}.ckpt").touch()
+        (run_dir(runs[1]) / "checkpoints" / f"step={step}").mkdir()
     assert [plan.state_of(run_dir(cfg)) for cfg in runs] == ["finished", "unfinished, step 1000", "to run"]
     assert plan.training(runs).caption.startswith("2 to run: about 0 GPU hours")
 

@@ -13,6 +13,7 @@ from scipy.stats import ttest_rel
 from scripts.tables import main
 from vla.analysis.probe_plots import plot_probes
 from vla.analysis.probe_tables import compare_losses, load_losses, loss_table, verdict
+from vla.analysis.statistics import holm
 from vla.errors import UserError
 
 ARMS, SEEDS, TASKS = ("untouched", "vanilla", "ptr"), (0, 1, 2), 5
@@ -67,7 +68,9 @@ def test_arms_are_paired_over_seeds(results):
     test = ttest_rel(ptr, vanilla)
     assert row.p == pytest.approx(test.pvalue) and row.difference == pytest.approx((ptr - vanilla).mean())
     assert (row.low, row.high) == pytest.approx(tuple(test.confidence_interval(0.95)))
-    assert verdict(row).startswith("ptr is lower (p = ")
+    assert verdict(row).startswith("ptr is lower (p = ") and "Holm" in verdict(row)
+    family = compared.loc["behaviour cloning", "train"]
+    assert family.p_holm.tolist() == pytest.approx(holm(family.p.tolist()))
     row = compared.loc["state prediction", "validation", "ptr", "untouched"]
     assert row.p == pytest.approx(ttest_rel(state[2, :, 1], state[0, :, 1]).pvalue)
 
@@ -77,6 +80,23 @@ def test_one_seed_says_nothing_of_the_method(results, tmp_path):
     losses = load_losses(root)
     compared = compare_losses(losses[losses.train_seed == "1"])
     assert all(verdict(row).startswith("one training seed") for row in compared.itertuples())
+
+
+def test_differences_equal_in_every_seed_have_no_test(results):
+    root, _, _ = results
+    losses = load_losses(root)
+    losses["loss"] = losses.arm.map({"ptr": 0.25, "vanilla": 0.5, "untouched": 1.0})
+    compared = compare_losses(losses)
+    assert all(verdict(row) == "the same difference in all 3 training seeds: no test" for row in compared.itertuples())
+
+
+def test_every_arm_is_drawn_though_there_are_more_than_colours(results, tmp_path, monkeypatch):
+    monkeypatch.setattr("vla.analysis.probe_plots.OKABE_ITO", ("#0072B2", "#D55E00"))
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.plot", lambda self, *_, label, **style: drawn.append((label, style)))
+    monkeypatch.setattr("matplotlib.axes.Axes.legend", lambda *_, **__: None)
+    plot_probes(results[0], tmp_path / "curves.png")
+    assert len(drawn) == 6 and len({(style["color"], style["linestyle"]) for _, style in drawn}) == 3
 
 
 def test_the_command_prints_and_draws(results, tmp_path, capsys):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vla.analysis import statistics
@@ -48,9 +48,10 @@ def test_mean_interval_is_near_the_t_interval_for_normal_values():
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=8))
+@example([-0.05, -0.05, -0.05])  # whose sum divided by three is one unit in the last place outside
 def test_mean_interval_stays_within_the_values(values):
     low, high = statistics.mean_interval(values)
-    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+    assert min(values) <= low <= high <= max(values)
 
 
 def test_mean_interval_of_equal_values_is_that_value():
@@ -190,3 +191,24 @@ def test_verdicts():
     )
     assert said(9, 1, 10, p=0.06).startswith("not distinguishable (p = 0.06")
     assert "p < 0.001" in said(20, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("p", "text"),
+    [
+        (0.55, "p = 0.55"),
+        (0.003, "p = 0.003"),
+        (0.0001, "p < 0.001"),
+        (0.0496, "p < 0.05"),
+        (0.0504, "p ≥ 0.05"),
+        (0.0461, "p = 0.046"),
+        (0.0537, "p = 0.054"),
+    ],
+)
+def test_p_is_never_rounded_across_the_level(p, text):
+    assert statistics.format_p(p) == text
+
+
+def test_a_single_value_has_no_interval():
+    assert statistics.format_interval(1.2, 3.4) == "[1.20, 3.40]"
+    assert statistics.format_interval(math.nan, math.nan) == "[no interval]"

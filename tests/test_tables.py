@@ -254,3 +254,47 @@ def test_several_baselines_may_have_the_same_arms(tmp_path):
     write_run(tmp_path / "alone" / "a", "ptr", "1100", baseline="flower")
     alone, _ = tables.load(tmp_path / "alone")
     assert set(alone.arm) == {"ptr"}
+
+
+def test_of_two_arms_either_the_baseline_or_the_idea_differs(tmp_path):
+    """FLOWER with an idea against VLM4VLA without it would say nothing of either."""
+    for baseline in ("flower", "vlm4vla"):
+        for arm in ("vanilla", "ptr"):
+            write_run(tmp_path / baseline / arm, arm, PTR, baseline=baseline)
+    write_run(tmp_path / "replay", "replay", REPLAY, train_seed=None)
+    episodes, _ = tables.load(tmp_path)
+    compared = tables.comparison_table(episodes)
+    trained = {"flower ptr", "flower vanilla", "vlm4vla ptr", "vlm4vla vanilla"}
+    pairs = {("flower ptr", "flower vanilla"), ("vlm4vla ptr", "vlm4vla vanilla")}
+    pairs |= {("flower ptr", "vlm4vla ptr"), ("flower vanilla", "vlm4vla vanilla")}
+    found = {frozenset(pair) for pair in zip(compared.arm_a, compared.arm_b, strict=True)}
+    assert found == {frozenset(pair) for pair in pairs} | {frozenset((arm, "replay")) for arm in trained}
+
+
+def test_what_is_found_of_a_baseline_does_not_hang_on_another(tmp_path):
+    def adjusted() -> dict[frozenset, float]:
+        compared = tables.comparison_table(tables.load(tmp_path)[0])
+        pairs = zip(compared.arm_a, compared.arm_b, strict=True)
+        return {frozenset(pair): p for pair, p in zip(pairs, compared.p_holm, strict=True)}
+
+    for arm, successes in (("vanilla", VANILLA), ("aux", REPLAY), ("ptr", PTR)):
+        write_run(tmp_path / "vlm4vla" / arm, arm, successes, baseline="vlm4vla")
+    alone = adjusted()
+    for arm, successes in (("vanilla", REPLAY), ("aux", VANILLA), ("ptr", PTR)):
+        write_run(tmp_path / "flower" / arm, arm, successes, baseline="flower")
+    beside = adjusted()
+    assert len(alone) == 3 and len(beside) == 3 + 3 + 3
+    for pair, p in alone.items():
+        assert beside[frozenset(f"vlm4vla {arm}" for arm in pair)] == p
+
+
+def test_alignment_is_drawn_a_bar_an_arm(tmp_path, monkeypatch):
+    """Thirty networks are six bars, each as high as the mean of its seeds."""
+    for seed, cosine in enumerate((0.1, 0.2, 0.6)):
+        for baseline in ("flower", "vlm4vla"):
+            write_analyses(tmp_path / f"{baseline}{seed}", "ptr", 7.0, cosine, train_seed=seed, baseline=baseline)
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.bar", lambda self, x, height, *_, **style: drawn.append(height))
+    monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda *_, **__: None)
+    main([str(tmp_path), "--alignment", str(tmp_path / "bars.png")])
+    assert drawn[::2] == pytest.approx([0.3, 0.3]) and len(drawn) == 4 and (tmp_path / "bars.png").stat().st_size > 5000

@@ -9,7 +9,8 @@ policy that train.py left with these overrides. There an override that only trai
 both know to both; `run.key=value` is for the runs alone, and where a table trains on one benchmark and evaluates on
 another, benchmark and data keys are the evaluation's.
 A table whose rows are no product (GenVLA's OpenVLA has seven arms, its π0 two) lists several blocks under `train`; its
-runs are then swept as whole command lines, `cell='baseline=pi0 ablation=plus seed=0',…`.
+runs are then swept as whole command lines, `cell='baseline=pi0 ablation=plus seed=0',…`; `baseline=pi0` picks the
+blocks that have it.
 This only rewrites the command line: from here on it is Hydra's, its launchers (Slurm) included.
 """
 
@@ -23,8 +24,9 @@ from typing import Any
 
 import yaml
 
-from vla.config import PROGRAMS, run_dir
+from vla.config import PROGRAMS
 from vla.errors import UserError
+from vla.run_identity import run_dir
 
 RUN = "run:"
 ONLY_RUN = "run."
@@ -42,6 +44,7 @@ def expand(program: str, arguments: list[str], conf: Path) -> list[str]:
         return arguments
     table = read(named[-1], conf)
     rest = [argument for argument in arguments if not argument.startswith("experiment=")]
+    table["train"], rest = select(table["train"], rest)
     if program == "evaluate":
         apart = any(block.get("benchmark") != table["evaluate"].get("benchmark") for block in table["train"])
         ours, theirs = divide(rest, conf, EVALUATION_ONLY if apart else set())
@@ -75,6 +78,27 @@ def read(name: str, conf: Path) -> dict[str, Any]:
         raise UserError(f"{file} must have the two keys train and evaluate, each with overrides")
     blocks = table["train"] if isinstance(table["train"], list) else [table["train"]]
     return table | {"train": blocks}
+
+
+def select(blocks: list[dict[str, Any]], given: list[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The blocks that `given` picks, and what is given beside that.
+
+    A key on which the blocks differ picks those that have one of its values ("baseline=pi0"), with these alone; where
+    none has, it replaces what they all say, as any other key does.
+    """
+    left = []
+    for argument in given:
+        key, wanted = key_of(argument), split(argument.partition("=")[2])
+        of_block = [axes_of(block, []).get(key, []) for block in blocks]
+        if argument.startswith("-") or all(values == of_block[0] for values in of_block):
+            left.append(argument)
+            continue
+        found = [[value for value in values if text(value) in wanted] for values in of_block]
+        if any(found):
+            blocks = [block | {key: values} for block, values in zip(blocks, found, strict=True) if values]
+        else:
+            left.append(argument)
+    return blocks, left
 
 
 def divide(arguments: list[str], conf: Path, apart: set[str]) -> tuple[list[str], list[str]]:

@@ -3,9 +3,9 @@
     python train.py -m experiment=idl_table1 dry_run=true
     python evaluate.py -m experiment=idl_table1 dry_run=true
 
-For training: each run, whether it is finished, steps, GPU hours and disk. The hours are arithmetic, not a measurement:
-6 FLOPs a trained parameter and token (2 forward, 4 backward), TOKENS a sample, MFU of PEAK. `max_steps` bounds the
-steps where `max_epochs` may end a run earlier, since nothing is read here.
+For training: each run, whether it is finished, steps, GPU hours, memory of a device before activations, and disk. The
+hours are arithmetic, not a measurement: 6 FLOPs a trained parameter and token (2 forward, 4 backward), TOKENS a sample,
+MFU of PEAK. `max_steps` bounds the steps where `max_epochs` may end a run earlier, since nothing is read here.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ from __future__ import annotations
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from vla.config import EvaluateConfig, TrainConfig, run_dir
+from vla.config import EvaluateConfig, TrainConfig
 from vla.errors import UserError
 from vla.experiment import RUN, policy_of_run
+from vla.run_identity import run_dir
+from vla.saving import saved, step_of
+
+if TYPE_CHECKING:
+    from vla.memory import Sizes
 
 DRY_RUN = "dry_run=true"
 TOKENS = 300  # image and prompt; 96 (FLOWER, two cameras of 50) to 540 (π0 with two cameras)
@@ -48,15 +53,15 @@ def show(program: str, configs: list[Any]) -> None:
 
 def training(configs: list[TrainConfig]) -> Table:
     table = Table(title=f"{len(configs)} runs", title_justify="left")
-    for column in ("run", "state", "steps", "samples", "GPU h", "disk, GB"):
+    for column in ("run", "state", "steps", "samples", "GPU h", "GB a device", "disk, GB"):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
     hours = disk = open_runs = 0
     for cfg in configs:
         state, steps = state_of(run_dir(cfg)), f"{'≤ ' if cfg.max_epochs else ''}{cfg.max_steps:,}"
         needed, size = (0.0 if cfg.untouched else gpu_hours(cfg)), gigabytes(cfg)
-        table.add_row(
-            run_dir(cfg).name, state, steps, f"{cfg.max_steps * cfg.batch_size:,}", f"{needed:,.1f}", f"{size:,.1f}"
-        )
+        samples = f"{cfg.max_steps * cfg.batch_size:,}"
+        memory = "" if cfg.untouched else f"{device_gigabytes(cfg):,.1f}"
+        table.add_row(run_dir(cfg).name, state, steps, samples, f"{needed:,.1f}", memory, f"{size:,.1f}")
         if state != "finished":
             hours, disk, open_runs = hours + needed, disk + size, open_runs + 1
     table.caption = (
@@ -70,8 +75,8 @@ def state_of(run: Path) -> str:
     """finished, unfinished at a step, or to run."""
     if (run / "policy" / "config.json").exists():
         return "finished"
-    steps = [int(path.stem.removeprefix("step=")) for path in (run / "checkpoints").glob("step=*.ckpt")]
-    return f"unfinished, step {max(steps)}" if steps else "to run"
+    found = saved(run)
+    return f"unfinished, step {step_of(found[-1])}" if found else "to run"
 
 
 def gpu_hours(cfg: TrainConfig) -> float:
@@ -88,20 +93,34 @@ def gigabytes(cfg: TrainConfig) -> float:
     return (kept * checkpoint + WEIGHT_BYTES * held) / 1e9
 
 
-@cache
+def device_gigabytes(cfg: TrainConfig) -> float:
+    """Weights, gradients, optimiser and average on a device, before activations (vla/memory.py)."""
+    from vla.memory import need
+
+    ideas = cfg.policy
+    return need(cfg, sizes(ideas.name, cfg.size, ideas.dual, ideas.actions, ideas.speaks)).total / 1e9
+
+
 def parameters(baseline: str, size: str, dual: bool, actions: str, speaks: bool) -> tuple[int, int]:
-    """(all, trained) parameters of a policy, built without memory for them."""
+    """(all, trained) parameters of a policy."""
+    found = sizes(baseline, size, dual, actions, speaks)
+    return found.held, found.trained
+
+
+@cache
+def sizes(baseline: str, size: str, dual: bool, actions: str, speaks: bool) -> Sizes:
+    """Of a policy, built without memory for its weights."""
     import torch
 
     from vla.bench.latency import random_policy
+    from vla.memory import sizes_of
 
     ideas = [f"policy.dual={dual}", f"policy.actions={actions}", f"policy.speaks={speaks}"]
     if actions == "string":
         ideas.append("normalization=q99")
     with torch.device("meta"):
         policy, _ = random_policy(baseline, size, *ideas)
-    counts = [(p.numel(), p.requires_grad) for p in policy.parameters()]
-    return sum(n for n, _ in counts), sum(n for n, trained in counts if trained)
+    return sizes_of(policy)
 
 
 def evaluation(configs: list[EvaluateConfig]) -> Table:

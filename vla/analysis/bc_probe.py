@@ -117,7 +117,7 @@ def _in_process(task: CloningTask, settings: CloningSettings) -> Fit:
 
 def save(folder: Path, task: str, fit: Fit, settings: CloningSettings) -> None:
     """The head, and last the JSON that says it is done."""
-    from envs.records import write_atomic
+    from vla.files import write_atomic
 
     partial = folder / f".{task}.safetensors.partial"
     safetensors.torch.save_file({k: v.cpu() for k, v in fit.head.state_dict().items()}, partial)

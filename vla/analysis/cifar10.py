@@ -23,13 +23,13 @@ import numpy as np
 import torch
 
 from data.cifar10 import balanced, read_cifar10
-from envs.records import write_atomic
 from vla.analysis.encoder import mean_features
 from vla.analysis.linear_probe import fit_linear_probe
 from vla.analysis.plots import save
 from vla.analysis.statistics import Estimate, rate_interval
 from vla.analysis.tsne import tsne
 from vla.evaluation_configs import Cifar10Config
+from vla.files import write_atomic
 from vla.policy import Policy
 
 SUMMARY, ARRAYS = "cifar10_probe.json", "cifar10_probe.npz"

@@ -11,7 +11,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from data.frame_store import FrameStore
-from envs.records import write_atomic
 from vla.analysis.bc_probe import CloningSettings, ProbedPolicy, load_losses, probed_policy, train_heads
 from vla.analysis.features import TaskFeatures
 from vla.analysis.mlp_probe import ProbeSettings
@@ -19,6 +18,7 @@ from vla.analysis.state_probe import fit_state_probe
 from vla.analysis.statistics import Estimate, mean_interval
 from vla.config import EvaluateConfig
 from vla.errors import UserError
+from vla.files import write_atomic
 from vla.policy import Policy
 
 

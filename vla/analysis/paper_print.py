@@ -19,8 +19,9 @@ from vla.analysis.paper_tables import Cell, Compared, Estimated, Sheet
 from vla.analysis.papers import Column, Paper, Row, text
 from vla.analysis.statistics import format_p
 from vla.analysis.tables import NONE, UNKNOWN
+from vla.experiment import read
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "conf" / "experiment"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 TRAINED_ON = {"real_robot": "simpler_widowx"} | dict.fromkeys(
     ("vqa", "cifar10", "simpler_google_masked", "simpler_google_va", "simpler_google_paraphrase"), "simpler_google_vm"
 )
@@ -62,9 +63,11 @@ def notes(sheet: Sheet) -> list[str]:
     lacking: dict[str, tuple[Row, list[Column]]] = {}
     for row, column in sheet.missing():
         lacking.setdefault(row.name, (row, []))[1].append(column)
+    by_command: dict[str, list[str]] = {}
     for name, (row, columns) in lacking.items():
         part = "" if len(columns) == len(sheet.paper.columns) else f" ({', '.join(c.name for c in columns)})"
-        found.append(f"Not run: {name}{part}: {'; '.join(commands(sheet.paper, row, columns))}")
+        by_command.setdefault("; ".join(commands(sheet.paper, row, columns)), []).append(name + part)
+    found += [f"Not run: {'; '.join(names)}: {command}" for command, names in by_command.items()]
     found += _trained(sheet)
     if any(cell.compared and cell.compared.seeds == 1 for cell in sheet.cells):
         found.append("With one training seed a verdict is about these two networks; another seed may turn it round.")
@@ -96,14 +99,26 @@ def commands(paper: Paper, row: Row, columns: list[Column]) -> list[str]:
         run = f"{of} benchmark={TRAINED_ON.get(benchmark, benchmark)} size=full trainer=gpu"
         if evaluation == "real_robot":
             command = f'python scripts/trial.py "run:{run}" TASK success|failure'
-        elif (EXPERIMENTS / f"{experiment}.yaml").exists():
-            both = [f"python {program}.py -m experiment={experiment} {of}" for program in ("train", "evaluate")]
+        elif sweep := sweep_of(experiment, row) or sweep_of(row.same_as, row):
+            both = [f"python {program}.py -m {sweep}" for program in ("train", "evaluate")]
             command = " && ".join(both) + (f" evaluation.tap={paper.tap}" if paper.tap else "")
         else:
             command = f'python train.py {run} && python evaluate.py policy="run:{run}" evaluation={evaluation}'
             command += "" if benchmark in ("vqa", "cifar10") else f" benchmark={benchmark}"
         found.append(command)
     return list(dict.fromkeys(found))
+
+
+def sweep_of(experiment: str | None, row: Row) -> str | None:
+    """The words after -m that run `row`'s policy; None where the experiment has none of that arm."""
+    if experiment is None or not (CONF / "experiment" / f"{experiment}.yaml").exists():
+        return None
+    for block in read(experiment, CONF)["train"]:
+        if block.get("arm") == row.arm:
+            return f"experiment={experiment} arm={row.arm}"
+        if "arm" not in block and row.arm in np.atleast_1d(block["ablation"]):
+            return f"experiment={experiment} baseline={row.baseline} ablation={row.arm}"
+    return None
 
 
 def _compared_table(sheet: Sheet, setting: tuple[str, ...], sequential: bool) -> TextTable:

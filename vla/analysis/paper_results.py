@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from envs.records import read_rows
+from envs.records import EPISODES, read_rows
 from vla.analysis.chains import length
 from vla.analysis.papers import Column, Paper
 from vla.analysis.tables import UNKNOWN, read_json
@@ -60,7 +60,7 @@ class Run:
 
     @cached_property
     def rows(self) -> list[dict[str, Any]]:
-        return read_rows(self.path)
+        return read_rows(self.path / EPISODES)
 
     @cached_property
     def summary(self) -> dict[str, Any]:

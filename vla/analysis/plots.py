@@ -84,7 +84,9 @@ def plot_training(curves: dict[str, pd.DataFrame], out: Path) -> None:
 
 
 def plot_alignment(analyses: pd.DataFrame, out: Path) -> None:
-    """Write a PNG with a bar per arm for cosine and for scale alignment, as IDL's Fig. 1(c), with 95 % intervals.
+    """Write a PNG with a bar per arm for cosine and for scale alignment, as IDL's Fig. 1(c).
+
+    A bar is an arm's mean over training seeds, with a mark and a 95 % interval for each.
 
     Args:
         analyses: columns benchmark, arm, train_seed, metric ("cosine", "scale"), value, low, high, n.
@@ -97,31 +99,31 @@ def plot_alignment(analyses: pd.DataFrame, out: Path) -> None:
     rows = analyses[analyses.metric.isin(["cosine", "scale"])]
     if rows.empty:
         raise UserError("there is no alignment to plot: run evaluate.py evaluation=alignment first")
-    several = rows.groupby("arm")["train_seed"].nunique().max() > 1
-    names = rows.arm + (", seed " + rows.train_seed if several else "")
-    benchmarks, arms = sorted(rows.benchmark.unique()), sorted(names.unique())
-    figure = Figure(figsize=(2 + 3.5 * len(benchmarks), 4), layout="constrained")
+    benchmarks, arms = sorted(rows.benchmark.unique()), sorted(rows.arm.unique())
+    figure = Figure(figsize=(2 + (2 + 0.7 * len(arms)) * len(benchmarks), 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(benchmarks), squeeze=False, sharey=True).flat
     width = 0.8 / len(arms)
     for panel, benchmark in zip(panels, benchmarks, strict=True):
         for index, (arm, color) in enumerate(zip(arms, _colors(len(arms)), strict=True)):
-            mine = rows[(rows.benchmark == benchmark) & (names == arm)].set_index("metric")
             for place, metric in enumerate(("cosine", "scale")):
-                if metric in mine.index:
-                    row = mine.loc[metric]
-                    x = place - 0.4 + width * (index + 0.5)
-                    error = [[row.value - row.low], [row.high - row.value]]
-                    label = arm if metric == mine.index[0] else None
-                    panel.bar(x, row.value, width * 0.9, yerr=error, color=color, label=label, capsize=4)
-                    panel.annotate(f"{row.value:.2f}", (x, row.high), (0, 3), textcoords="offset points", ha="center")
+                of_seed = rows[(rows.benchmark == benchmark) & (rows.arm == arm) & (rows.metric == metric)]
+                if len(of_seed):
+                    x, mean = place - 0.4 + width * (index + 0.5), of_seed.value.mean()
+                    count = len(of_seed)
+                    spread = [x + 0.6 * width * ((seed + 0.5) / count - 0.5) for seed in range(count)]
+                    error = [of_seed.value - of_seed.low, of_seed.high - of_seed.value]
+                    panel.bar(x, mean, width * 0.9, color=color, label=arm if place == 0 else None)
+                    panel.errorbar(spread, of_seed.value, error, fmt=".k", markersize=4, elinewidth=0.8, capsize=2)
+                    top = (x, max(0, of_seed.high.max()))
+                    panel.annotate(f"{mean:.2f}", top, (0, 3), textcoords="offset points", ha="center", fontsize=8)
         panel.set_xticks([0, 1], ["cosine distance", "scale distance"])
         panel.set_title(f"{benchmark}, {int(rows[rows.benchmark == benchmark].n.max())} frame pairs", fontsize=10)
         panel.axhline(0, color="black", linewidth=0.8)
         panel.grid(axis="y", alpha=0.3, linewidth=0.5)
         panel.set_axisbelow(True)
     figure.axes[0].set_ylabel("state-feature alignment\n(partial Spearman, no unit)")
-    figure.axes[0].legend(frameon=False)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
     save(figure, out)
 
 

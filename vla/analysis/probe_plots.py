@@ -12,6 +12,8 @@ from vla.errors import UserError
 
 SMOOTH = 25
 """Steps of the running mean."""
+STYLES = ("-", "--", ":", "-.")
+"""Of the first seven arms, the next seven, …"""
 
 
 def plot_probes(root: Path, out: Path) -> None:
@@ -31,12 +33,14 @@ def plot_probes(root: Path, out: Path) -> None:
     FigureCanvasAgg(figure)
     arms = sorted({arm for curves in panels.values() for arm in curves})
     for panel, (name, curves) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels.items(), strict=True):
-        for arm, color in zip(arms, OKABE_ITO, strict=False):
+        for index, arm in enumerate(arms):
+            color, dashes = OKABE_ITO[index % len(OKABE_ITO)], STYLES[index // len(OKABE_ITO) % len(STYLES)]
             if arm in curves:
                 smooth = np.stack([_running_mean(np.asarray(curve)) for curve in curves[arm]])
                 steps = np.arange(1, smooth.shape[1] + 1)
                 panel.fill_between(steps, smooth.min(0), smooth.max(0), color=color, alpha=0.2, linewidth=0)
-                panel.plot(steps, smooth.mean(0), color=color, linewidth=2, label=f"{arm} ({len(smooth)} seeds)")
+                mean, label = smooth.mean(0), f"{arm} ({len(smooth)} seeds)"
+                panel.plot(steps, mean, color=color, linestyle=dashes, linewidth=2, label=label)
         panel.set_title(f"{name} from frozen tokens", fontsize=10)
         panel.set_xlabel("training step of the probe")
         panel.set_ylabel("training loss (L1 in the data's units)")

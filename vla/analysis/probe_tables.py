@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vla.analysis.statistics import mean_interval
+from vla.analysis.resampling import over_seeds
+from vla.analysis.statistics import ALPHA, format_p, holm, mean_interval
 from vla.errors import UserError
 
 COLUMNS = {"bc_probe": "behaviour cloning", "state_probe": "state prediction"}
@@ -77,8 +78,8 @@ def compare_losses(losses: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         benchmark, baseline, tap, probe, measure, arm_a, arm_b, seeds (how many), differences (per seed, mean over tasks
-        of a − b), difference (their mean), low, high (95 %, Student's t over seeds), p (paired t-test over seeds); nan
-        below two seeds.
+        of a − b), difference (their mean), low, high (95 %, Student's t over seeds), p (paired t-test over seeds), all
+        nan below two seeds, and p_holm (over the pairs of arms of one probe and measure; nan for one pair).
     """
     table = []
     where = ["benchmark", "baseline", "tap", "probe", "measure"]
@@ -89,25 +90,24 @@ def compare_losses(losses: pd.DataFrame) -> pd.DataFrame:
                 continue
             each = (pair.loss_x - pair.loss_y).groupby(pair.train_seed).mean()
             row = dict(zip(where, key, strict=True)) | {"arm_a": a, "arm_b": b, "seeds": len(each)}
-            table.append(row | {"differences": each.tolist(), "difference": each.mean()} | _over_seeds(each.to_numpy()))
-    return pd.DataFrame(table)
-
-
-def _over_seeds(differences: np.ndarray) -> dict[str, float]:
-    from scipy.stats import ttest_1samp
-
-    if len(differences) < 2:
-        return {"low": np.nan, "high": np.nan, "p": np.nan}
-    test = ttest_1samp(differences, 0)
-    interval = test.confidence_interval(0.95)
-    return {"low": float(interval.low), "high": float(interval.high), "p": float(test.pvalue)}
+            interval = dict(zip(("low", "high", "p"), over_seeds(each), strict=True))
+            table.append(row | {"differences": each.tolist(), "difference": each.mean()} | interval)
+    compared = pd.DataFrame(table)
+    for _, rows in compared.groupby(where, dropna=False) if len(compared) else ():
+        if (tested := rows.p.dropna()).size > 1:
+            compared.loc[tested.index, "p_holm"] = holm(tested.tolist())
+    return compared.assign(p_holm=compared.get("p_holm", np.nan)) if len(compared) else compared
 
 
 def verdict(row) -> str:
     """One plain sentence on a row of `compare_losses`."""
-    if np.isnan(row.p):
+    if row.seeds < 2:
         return "one training seed: nothing can be said about the method"
-    if row.p >= 0.05:
-        return f"not distinguishable (p = {row.p:.2g}, {row.seeds} training seeds)"
-    lower = row.arm_a if row.difference < 0 else row.arm_b
-    return f"{lower} is lower (p = {row.p:.2g}, {row.seeds} training seeds)"
+    if np.isnan(row.p):
+        return f"the same difference in all {row.seeds} training seeds: no test"
+    several = not np.isnan(row.p_holm)
+    p = row.p_holm if several else row.p
+    told = f"({format_p(p)}{', Holm' if several else ''}, {row.seeds} training seeds)"
+    if p >= ALPHA:
+        return f"not distinguishable {told}"
+    return f"{row.arm_a if row.difference < 0 else row.arm_b} is lower {told}"

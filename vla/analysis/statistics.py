@@ -107,7 +107,9 @@ def mean_interval(
             ).confidence_interval
         if np.isfinite(interval).all():
             break
-    return float(interval.low), float(interval.high)
+    # The rounding of sum and division may leave the values by a unit in the last place.
+    low, high = np.clip([interval.low, interval.high], values.min(), values.max())
+    return float(low), float(high)
 
 
 def paired_test(a: Sequence[bool], b: Sequence[bool], confidence: float = 0.95) -> PairedResult:
@@ -196,11 +198,19 @@ def episodes_needed(p_a: float, p_b: float, power: float = 0.8) -> int:
     return math.ceil(normal_sample_size_one_tail(effect, power, ALPHA / 2, std_null=math.sqrt(2)))
 
 
+def format_interval(low: float, high: float) -> str:
+    """ "[1.20, 3.40]"; of a single value there is none."""
+    return "[no interval]" if math.isnan(low) else f"[{low:.2f}, {high:.2f}]"
+
+
 def format_p(p: float) -> str:
-    """ "p = 0.55", "p = 0.003", "p < 0.001"."""
+    """ "p = 0.55", "p = 0.003", "p < 0.001"; never rounded across 0.05."""
     if p < 0.001:
         return "p < 0.001"
-    return f"p = {p:.2f}" if p >= 0.01 else f"p = {p:.3f}"
+    text = f"{p:.2f}" if p >= 0.01 and f"{p:.2f}" != f"{ALPHA:.2f}" else f"{p:.3f}"
+    if text == f"{ALPHA:.3f}":
+        return f"p {'<' if p < ALPHA else '≥'} {ALPHA}"
+    return f"p = {text}"
 
 
 def verdict(result: PairedResult, name_a: str, name_b: str, p: float | None = None) -> str:

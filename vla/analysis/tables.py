@@ -94,18 +94,20 @@ def results_table(episodes: pd.DataFrame, analyses: pd.DataFrame) -> pd.DataFram
 
 
 def comparison_table(episodes: pd.DataFrame) -> pd.DataFrame:
-    """Each pair of arms under equal conditions, on the episodes (task, seed) they share.
+    """Each pair of arms that is compared under equal conditions, on the episodes (task, seed) they share.
 
     Runs of the same training seed are paired; arms that share no training seed are compared by the lowest of each.
 
     Returns:
         benchmark, conditions, arm_a, arm_b, n (pairs), only_a, only_b (successes of one arm alone), difference
-        (rate_a - rate_b), low, high (95 %, Tango), p (exact McNemar), p_holm (nan for a single pair of arms), verdict.
+        (rate_a - rate_b), low, high (95 %, Tango), p (exact McNemar), p_holm (over the pairs of a family; nan where it
+        has one), verdict.
     """
     table = []
-    for key, group in episodes.groupby(GROUP, sort=True):
+    families = [(key, f, group) for key, group in episodes.groupby(GROUP, sort=True) for f in families_of_arms(group)]
+    for key, family, group in families:
         pairs = []
-        for a, b in combinations(sorted(set(group.arm)), 2):
+        for a, b in family:
             shared, remark = _shared_episodes(_select(group, {"arm": a}), _select(group, {"arm": b}))
             result = paired_test(shared.success_a, shared.success_b) if len(shared) else None
             pairs.append((a, b, result, remark))
@@ -126,6 +128,24 @@ def comparison_table(episodes: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table, columns=[*GROUP, "arm_a", "arm_b", *numbers])
 
 
+def families_of_arms(rows: pd.DataFrame) -> list[list[tuple[str, str]]]:
+    """Which arms are compared: those of one baseline (and those that nobody trained, replay for one), a family; one arm
+    of two baselines, families of their own. Else both baseline and idea differ.
+
+    p-values are adjusted within a family: what is found of one baseline does not hang on what else was run.
+    """
+    of = dict(zip(rows.arm, rows.baseline.where(rows.baseline.notna(), None), strict=True))
+    idea = {arm: arm.removeprefix(f"{baseline} ") for arm, baseline in of.items()}
+
+    def one_differs(a: str, b: str) -> bool:
+        return None in (of[a], of[b]) or of[a] == of[b] or idea[a] == idea[b]
+
+    families: dict[tuple, list[tuple[str, str]]] = {}
+    for a, b in filter(lambda pair: one_differs(*pair), combinations(sorted(of), 2)):
+        families.setdefault(tuple(sorted({of[a], of[b]} - {None})), []).append((a, b))
+    return list(families.values())
+
+
 def notes(episodes: pd.DataFrame, results: pd.DataFrame) -> list[str]:
     """What a reader must know before trusting the tables, one sentence each."""
     found = []
@@ -144,6 +164,8 @@ def titles(results: pd.DataFrame) -> dict[tuple[str, str], str]:
     for benchmark, rows in results.groupby("benchmark"):
         arguments = {text: json.loads(text) for text in rows.conditions}
         names = sorted({name for each in arguments.values() for name in each})
+        for each in arguments.values() if "evaluation" in names else ():
+            each.setdefault("evaluation", "rollout")  # which leaves no trace in the conditions
         differing = [n for n in names if len({json.dumps(each.get(n)) for each in arguments.values()}) > 1]
         for text, each in arguments.items():
             shown = ", ".join(f"{name}={each.get(name)}" for name in differing)

@@ -15,11 +15,11 @@ import torch
 from rich.progress import track
 
 from data.vqa import READERS, Question, annotations_hash, read_image, read_questions, some
-from envs.records import write_atomic
 from vla.analysis.vqa_metrics import SCORES
 from vla.analysis.vqa_records import SUMMARY, Answers, summarise
 from vla.errors import UserError
 from vla.evaluation_configs import VQAConfig
+from vla.files import write_atomic
 from vla.generation import TextModel, generate, text_model
 from vla.policy import Policy
 

@@ -9,7 +9,6 @@ Pictures are the units of chance: one that several questions are about is drawn 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections import Counter
@@ -21,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from data.vqa import Question
-from envs.records import check_header, drop_torn_line, write_atomic
+from envs.records import check_header, drop_torn_line
 from vla.analysis.statistics import Estimate, mean_interval, rate_interval
 from vla.analysis.vqa_metrics import says_true, says_yes, yes_no
 from vla.errors import UserError
+from vla.files import lock, write_atomic
 
 COLUMNS = {
     "id": str,
@@ -48,10 +48,8 @@ class Answers:
 
     def __init__(self, folder: Path, header: dict[str, Any]):
         self.folder, self.file = folder, folder / "answers.jsonl"
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / ".lock").open("w")
+        self._lock = lock(folder)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             drop_torn_line(self.file)
             self.rows = {row["id"]: row for row in read_answers(folder)}
             header = json.loads(json.dumps(header))
@@ -59,10 +57,8 @@ class Answers:
                 check_header(folder, header)
             else:
                 write_atomic(folder / "run.json", json.dumps(header, indent=2) + "\n")
-        except BaseException as error:
+        except BaseException:
             self._lock.close()
-            if isinstance(error, BlockingIOError):
-                raise UserError(f"{folder} is being written by another evaluation; wait for it") from None
             raise
 
     def __enter__(self) -> Answers:

@@ -12,6 +12,7 @@ from vla.analysis import tables
 from vla.analysis.chains import chains_table
 from vla.analysis.probe_tables import compare_losses
 from vla.analysis.probe_tables import verdict as loss_verdict
+from vla.analysis.seed_tables import SUCCESS, compare_over_seeds
 from vla.analysis.statistics import ALPHA, format_p
 from vla.analysis.vqa_tables import compare_probes
 from vla.report.material import Material
@@ -43,7 +44,7 @@ class Answer:
     def decided(self) -> str:
         """ "ptr better", "ptr lower", or "" where the sentence names no winner."""
         for arm in sorted((self.first, self.second), key=len, reverse=True):
-            for word in ("better", "lower"):
+            for word in ("better", "lower", "higher"):
                 if self.sentence.startswith((f"{arm} {word} (", f"{arm} is {word} (")):
                     return f"{arm} {word}"
         return ""
@@ -52,6 +53,7 @@ class Answer:
 def answers(material: Material, results: pd.DataFrame, comparisons: pd.DataFrame) -> list[Answer]:
     """Success first, then chains, probes, accuracies. Sentences are those that scripts/tables.py prints."""
     found = _successes(material.episodes, results, comparisons) + _chains(material.episodes)
+    found += _over_seeds(material, results)
     return found + _losses(material.losses) + _accuracies(material.accuracies)
 
 
@@ -66,6 +68,18 @@ def _successes(episodes: pd.DataFrame, results: pd.DataFrame, comparisons: pd.Da
         units = f"{row.n} pairs of episodes"
         pair = f"{what}: {words.benchmark}", row.arm_a, row.arm_b
         found.append(Answer(*pair, row.verdict, words.difference, units, shared))
+    return found
+
+
+def _over_seeds(material: Material, results: pd.DataFrame) -> list[Answer]:
+    heading, found = tables.titles(results), []
+    for row in compare_over_seeds(material.episodes, material.analyses).itertuples():
+        where = heading.get((row.benchmark, row.conditions), row.benchmark)
+        what = "Success" if row.measure == SUCCESS else row.measure.capitalize()
+        told = f"{row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
+        units = "of each seed: " + ", ".join(f"{difference:+.2f}" for difference in row.differences)
+        question = f"{what} over training seeds: {where}"
+        found.append(Answer(question, row.arm_a, row.arm_b, row.verdict, told, units, str(row.seeds)))
     return found
 
 

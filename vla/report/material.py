@@ -8,7 +8,6 @@ ptr", in every table and picture, so that one name is one colour.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -140,14 +139,14 @@ def _run(folder: Path) -> Run:
         told = " ".join(str(error).split())
         raise UserError(f"{folder / 'config.yaml'} is no run's ({told}): restore it, or move its folder away") from None
     policy, metrics = folder / "policy" / "config.json", folder / "metrics.csv"
-    about = _read(policy).get("about", {}) if policy.exists() else {}
+    about = tables.read_json(policy).get("about", {}) if policy.exists() else {}
     rows = read_metrics(folder) if metrics.exists() else None
     names = {key: str(value) for key, value in names.items()}
     return Run(folder=folder, config=config, config_text=text, about=about, metrics=rows, **names)
 
 
 def _evaluation(path: Path, kind: str) -> Evaluation:
-    header = _read(path.with_name("run.json") if path.name == "episodes.jsonl" else path)
+    header = tables.read_json(path.with_name("run.json") if path.name == "episodes.jsonl" else path)
     if kind == "rollouts" and (of := header.get("evaluation", "rollout")) != "rollout":
         kind = {"bc_probe": "probe rollouts", "real_robot": "real robot"}.get(of, of)
     seed = header.get("train_seed")
@@ -158,7 +157,7 @@ def _evaluation(path: Path, kind: str) -> Evaluation:
 def _curve(evaluation: Evaluation) -> Curve | None:
     if evaluation.kind == "behaviour-cloning probe":
         files = sorted(evaluation.file.parent.glob("probes/*.json"))
-        curves = [_read(file).get("train_curve", []) for file in files]
+        curves = [tables.read_json(file).get("train_curve", []) for file in files]
     elif evaluation.kind == "state probe":
         curves = [evaluation.header.get("train_curve", [])]
     else:
@@ -168,13 +167,3 @@ def _curve(evaluation: Evaluation) -> Curve | None:
         return None
     mean = np.mean([curve[:steps] for curve in curves], axis=0)
     return Curve(evaluation.kind, evaluation.benchmark, evaluation.arm, evaluation.seed, mean)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it, or move its folder away") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object: restore it, or move its folder away")
-    return content

@@ -14,8 +14,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from envs.records import write_atomic
 from vla.analysis import tables
+from vla.files import write_atomic
 from vla.report import pictures, provenance
 from vla.report.answers import Answer, answers, main_pairs, overview
 from vla.report.drawing import Looks, Picture
@@ -70,7 +70,6 @@ def render(material: Material) -> str:
         overview=overview(told, pairs),
         first=first,
         other=other,
-        answer_note=tables.PAIR_NOTE,
         differences=pictures.differences(main, results),
         notes=tables.notes(material.episodes, results),
         coverage=measured,

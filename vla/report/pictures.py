@@ -189,15 +189,16 @@ def _successes(title: str, tasks: list[str], of_arm: dict[str, dict[str, tuple[i
 
 
 def alignment_bars(analyses: pd.DataFrame, looks: Looks) -> list[Picture]:
-    """IDL's Fig. 1(c): partial Spearman correlation of feature and pose distances."""
-    pictures = []
-    for benchmark, rows in analyses[analyses.metric.isin(("cosine", "scale"))].groupby("benchmark"):
+    """IDL's Fig. 1(c): partial Spearman correlation of feature and pose distances, a picture per baseline."""
+    pictures, measured = [], analyses[analyses.metric.isin(("cosine", "scale"))]
+    for (benchmark, baseline), rows in measured.groupby(["benchmark", "baseline"], dropna=False):
         values = {
             f"{metric} distance": {arm: [*_values(r)] for arm, r in of_metric.groupby("arm")}
             for metric, of_metric in rows.groupby("metric")
         }
         axis = "state-feature alignment\n(partial Spearman, no unit)"
-        pictures.append(_bars(values, looks, f"State-feature alignment: {benchmark}", axis))
+        name = f", {baseline}" if measured.baseline.nunique() > 1 and isinstance(baseline, str) else ""
+        pictures.append(_bars(values, looks, f"State-feature alignment: {benchmark}{name}", axis))
     return pictures
 
 
@@ -300,7 +301,8 @@ def _legend(axes: Axes, names: int | None = None) -> None:
     if names is not None and names <= 4:
         axes.legend()
     else:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if names is None else 2)
+        long = max(map(len, axes.get_legend_handles_labels()[1]), default=0) > 12  # "vlm4vla vanilla"
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3 if names is None and not long else 2)
 
 
 def _rows(axes: Axes, count: int) -> None:

@@ -13,6 +13,7 @@ from vla.analysis import tables
 from vla.analysis.chains import CHAIN, chains_table
 from vla.analysis.probe_tables import loss_table
 from vla.analysis.simpler_tables import protocol_scores
+from vla.analysis.statistics import format_interval
 from vla.analysis.vqa_tables import ORDER
 from vla.report.material import FILES, Material
 
@@ -67,7 +68,7 @@ def _chains(episodes: pd.DataFrame) -> list[Sheet]:
         cells = [
             [row.arm, row.train_seed, str(row.n)]
             + [f"{100 * getattr(row, f'sr{k}'):.1f}" for k in range(1, CHAIN + 1)]
-            + [f"{row.avg_len:.2f} [{row.low:.2f}, {row.high:.2f}]"]
+            + [f"{row.avg_len:.2f} {format_interval(row.low, row.high)}"]
             for row in rows.itertuples()
         ]
         caption = "SR k: share of chains with k subtasks done in a row; Avg. Len. with its 95 % interval over chains"
