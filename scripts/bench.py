@@ -2,11 +2,16 @@
 
 python scripts/bench.py rollout            environment steps/s: rendering every step, once a chunk, never
                                            (--family calvin: CALVIN's chains)
+python scripts/bench.py workers            environment steps/s of the whole evaluator with one worker and with two
 python scripts/bench.py loader             samples/s: frame store, and CALVIN's files read directly
 python scripts/bench.py probe              seconds of a frozen-encoder probe: first, second, without kept tokens
 python scripts/bench.py latency            ms per action chunk of every baseline and size, on the device at hand
 python scripts/bench.py latency --baseline flower pi0 --size tiny --json latency.json
 python scripts/bench.py decode             ms of an action said as text, and as seven tokens by the same model
+python scripts/bench.py train              a training step: ptr beside vanilla, the trainer's loop beside the bare step
+python scripts/bench.py train --size full --precision bf16 --backward-only       VLM4VLA's 8 B shape on one large GPU
+python scripts/bench.py flops              FLOPs of a step of every baseline at full size, counted without running it
+python scripts/bench.py startup            seconds until a command answers, and until evaluate.py's first action
 """
 
 from __future__ import annotations
@@ -26,7 +31,7 @@ from vla.policy_configs import POLICIES
 def main() -> None:
     options = arguments()
     # As in the rollout workers: one core a simulator. Set before the simulator is imported, which reads it then.
-    if options.command == "rollout":
+    if options.command in ("rollout", "workers"):
         os.environ.update(LP_NUM_THREADS="1", OMP_NUM_THREADS="1")
     try:
         table, result = options.measure(options)
@@ -57,6 +62,7 @@ def arguments() -> argparse.Namespace:
     two.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     two.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
     two.add_argument("--repeats", type=int, default=10, help="calls that are timed")
+    two.add_argument("--compile", action="store_true", help="measure compiled policies too (a minute each)")
     two.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
     three = commands.add_parser("loader", help="samples/s from the frame store and from CALVIN's files")
     three.add_argument("--data", type=Path, help="a CALVIN split (default: made-up frames of the same size)")
@@ -75,7 +81,32 @@ def arguments() -> argparse.Namespace:
     five.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     five.add_argument("--repeats", type=int, default=20, help="rounds that are timed")
     five.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
-    for command, measure in ((one, rollout), (two, latency), (three, loader), (four, probe), (five, decode)):
+    six = commands.add_parser("train", help="a training step with inverse dynamics and without")
+    six.add_argument("--baseline", choices=list(POLICIES), default="vlm4vla")
+    six.add_argument("--size", choices=["tiny", "small", "full"], default="tiny")
+    six.add_argument("--batch", type=int, help="samples a step (default: the configuration's)")
+    six.add_argument(
+        "--precision", choices=["fp32", "bf16-mixed", "bf16"], help="(default: bf16-mixed on CUDA, else fp32)"
+    )
+    six.add_argument("--backward-only", action="store_true", help="without the optimiser, where that does not fit")
+    six.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    six.add_argument("--rounds", type=int, default=20, help="steps of each arm, in turns")
+    six.add_argument("--steps", type=int, default=20, help="of the trainer's loop, three times")
+    six.add_argument("--threads", type=int, help="CPU threads (default: all cores)")
+    seven = commands.add_parser("startup", help="seconds until a command answers")
+    seven.add_argument("--rounds", type=int, default=3, help="of each command, in turns")
+    eight = commands.add_parser("workers", help="env steps/s of the evaluator by its number of workers")
+    eight.add_argument("--workers", nargs="+", type=int, default=[1, 2])
+    eight.add_argument("--episodes", type=int, default=12)
+    eight.add_argument("--steps", type=int, default=120, help="of an episode")
+    eight.add_argument("--rounds", type=int, default=2, help="of each number, in turns")
+    nine = commands.add_parser("flops", help="FLOPs of a training step, counted on the meta device")
+    nine.add_argument("--baseline", nargs="+", choices=list(POLICIES), default=list(POLICIES))
+    nine.add_argument("--size", nargs="+", choices=["tiny", "small", "full"], default=["full"])
+    nine.add_argument("--batch", type=int, default=16, help="samples a step")
+    parsers = (one, two, three, four, five, six, seven, eight, nine)
+    measures = (rollout, latency, loader, probe, decode, train, startup, workers, flops)
+    for command, measure in zip(parsers, measures, strict=True):
         command.set_defaults(measure=measure)
         command.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
@@ -85,6 +116,20 @@ def rollout(options: argparse.Namespace):
     from vla.bench.rollout import measure, show
 
     result = measure(options.family, options.suite, options.task, options.steps, options.rounds)
+    return show(result), result
+
+
+def workers(options: argparse.Namespace):
+    from vla.bench.workers import measure, show
+
+    result = measure(options.workers, options.episodes, options.steps, options.rounds)
+    return show(result), result
+
+
+def flops(options: argparse.Namespace):
+    from vla.bench.flops import measure, show
+
+    result = measure(options.baseline, options.size, options.batch)
     return show(result), result
 
 
@@ -113,7 +158,7 @@ def latency(options: argparse.Namespace):
     if options.threads:
         torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    result = measure(options.baseline, options.size, device, options.dtype, options.repeats)
+    result = measure(options.baseline, options.size, device, options.dtype, options.repeats, options.compile)
     return show(result), result
 
 
@@ -126,6 +171,27 @@ def decode(options: argparse.Namespace):
         torch.set_num_threads(options.threads)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     result = measure(options.baseline, options.size, options.batch, device, options.repeats)
+    return show(result), result
+
+
+def train(options: argparse.Namespace):
+    import torch
+
+    from vla.bench.train import measure, show
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = options.precision or ("bf16-mixed" if device.startswith("cuda") else "fp32")
+    what = (options.baseline, options.size, options.batch, device, precision)
+    result = measure(*what, options.rounds, options.steps, options.backward_only)
+    return show(result), result
+
+
+def startup(options: argparse.Namespace):
+    from vla.bench.startup import measure, show
+
+    result = measure(options.rounds)
     return show(result), result
 
 

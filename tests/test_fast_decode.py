@@ -44,13 +44,12 @@ def sharpened(baseline: str, store, *overrides: str):
 
 def reader_of(policy, batch, rows: int):
     """The model, and a function that reads `rows` pictures and prompts of unequal lengths anew."""
-    model, space = speaker(policy)
+    model, prompts = policy.prompts(["push " * (1 + row % 3) for row in range(rows)])
     which = torch.arange(rows) % len(batch["instruction"])
     images = {camera: frames[which] for camera, frames in batch["images"].items()}
-    texts = [text + space for text in policy.prompts(model, ["push " * (1 + row % 3) for row in range(rows)])]
     with torch.no_grad():
         tokens = policy.seen_by(policy.encode_images(policy.prepare(images)))
-    return model, lambda: model.read(tokens, texts)
+    return model, lambda: model.read_ids(tokens, prompts)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -154,13 +154,14 @@ def test_taps_are_what_they_say(tap):
         for block in stage:
             block.register_forward_hook(lambda _, __, output: blocks.append(output))
     with torch.no_grad():
-        tokens = policy.encode_images(images(1))["static"]
-    if tap == "post_projector":
-        assert torch.equal(tokens.tap, tokens.embeds)
-    else:
-        index = 0 if tap == "layer:0" else 4
-        assert torch.equal(tokens.tap, blocks[index].flatten(2).transpose(1, 2))
-        assert tokens.tap.shape[1] == (49 if index == 4 else 56 * 56)
+        cameras = policy.encode_images(images(1))
+    for row, tokens in enumerate(cameras.values()):  # both cameras go through the tower in one pass
+        if tap == "post_projector":
+            assert torch.equal(tokens.tap, tokens.embeds)
+        else:
+            index = 0 if tap == "layer:0" else 4
+            assert torch.equal(tokens.tap, blocks[index][row : row + 1].flatten(2).transpose(1, 2))
+            assert tokens.tap.shape[1] == (49 if index == 4 else 56 * 56)
     assert policy.tap_shape() == tuple(tokens.tap.shape[1:])
     expected = {policy.vision_tower, policy.projector} if tap == "post_projector" else {policy.vision_tower}
     assert set(policy.vision_modules()) == expected

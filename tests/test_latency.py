@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vla.bench import latency
 from vla.build import BASELINES
 from vla.cli import CONF
+from vla.compiled import compile_policy
 
 
 @pytest.mark.slow
@@ -38,6 +41,48 @@ def test_what_does_not_fit_is_said_to_be_unmeasured(monkeypatch):
 def test_every_baseline_has_a_tiny_latency_and_a_countable_full_size(baseline):
     (row,) = latency.measure([baseline], ["tiny"], "cpu", "float32", 2)["rows"]
     assert row["ms_per_chunk"] < 2000 and row["parameters"] < 5e6
+    assert 0 < row["limit_ms"] < row["ms_per_chunk"]
+
+
+@pytest.mark.parametrize("baseline", latency.STRAIGHTFORWARD)
+def test_the_straightforward_way_gives_the_same_actions_another_way(baseline):
+    """Else its column would time something else, or the same thing twice."""
+    torch.manual_seed(0)
+    policy, cfg = latency.random_policy(baseline, "tiny")
+    sample = latency.observation(cfg.cameras, cfg.benchmark.resolution, "cpu")
+    plain = copy.copy(policy.eval())
+    plain.fast = False
+    with CountCalls() as own, torch.inference_mode():
+        expected = policy.predict(sample)
+    with CountCalls() as others, torch.inference_mode():
+        torch.testing.assert_close(plain.predict(sample), expected, atol=1e-5, rtol=1e-4)
+    assert policy.fast and others.count > 1.1 * own.count
+
+
+class CountCalls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("baseline", ["flower", "vlm4vla"])
+def test_a_compiled_policy_acts_as_the_plain_one(baseline):
+    torch.manual_seed(0)
+    policy, cfg = latency.random_policy(baseline, "tiny")
+    compiled = compile_policy(copy.copy(policy.eval()), "cpu", cfg.benchmark.resolution)
+    sample = latency.observation(cfg.cameras, cfg.benchmark.resolution, "cpu")
+    two = {name: torch.cat([value, value]) for name, value in sample.items() if isinstance(value, torch.Tensor)}
+    two |= {"images": {c: torch.cat([f, f.flip(-1)]) for c, f in sample["images"].items()}}
+    two |= {"instruction": ["open the drawer", "put the wine bottle on top of the cabinet"]}
+    with torch.inference_mode():
+        for observation in (sample, two):
+            torch.testing.assert_close(compiled.predict(observation), policy.predict(observation), atol=1e-5, rtol=1e-4)
+    assert "encode_images" not in vars(policy)  # and the plain one was not compiled with it
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ from torch import nn
 from tests.conftest import train_config
 from train import train
 from vla.cli import compose_config
-from vla.config import OptimConfig, run_dir
+from vla.config import OptimConfig
 from vla.errors import UserError
 from vla.optim import cosine_floor, ema_decay, make_optimizer, make_schedule, tristage, weight_average
+from vla.run_identity import run_dir
+from vla.saving import STATE
 
 
 def rates(cfg: OptimConfig, warmup: int, steps: int, count: int) -> list[float]:
@@ -127,11 +129,11 @@ def test_the_average_is_exported_and_training_is_untouched(store, tmp_path):
     key = "policy.head.trunk.0.weight"
     trail = []
     for step in range(1, 6):
-        state = torch.load(run_dir(plain) / "checkpoints" / f"step={step}.ckpt", weights_only=True)["state_dict"]
+        state = torch.load(run_dir(plain) / "checkpoints" / f"step={step}" / STATE, weights_only=True)["state_dict"]
         trail.append(state[key].double())
     averaged = train_config(store.path, tmp_path / "averaged", *options, "optim.ema_power=0.6666666666666666")
     policy = train(averaged)
-    last = torch.load(run_dir(averaged) / "checkpoints" / "step=5.ckpt", weights_only=True)["current_model_state"]
+    last = torch.load(run_dir(averaged) / "checkpoints" / "step=5" / STATE, weights_only=True)["current_model_state"]
     assert last.keys() == state.keys() and all(torch.equal(value, last[name]) for name, value in state.items())
     average = trail[0]
     for step, weights in enumerate(trail[1:], 2):

@@ -22,7 +22,7 @@ def best_possible(policy, actions: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(  # FLOWER's takes half a minute
-    "baseline", [b if b != "flower" else pytest.param(b, marks=pytest.mark.slow) for b in BASELINES]
+    "baseline", [pytest.param(b, marks=pytest.mark.slow) if b in ("flower", "spatialvla") else b for b in BASELINES]
 )
 def test_one_batch_is_learnt_by_heart(baseline, store):
     module, cfg = build(baseline, "vanilla", store)

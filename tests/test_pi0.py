@@ -203,10 +203,10 @@ def test_sampling_equals_plain_euler_without_a_cache(policy):
     """Ten steps of −0.1 from t = 1 through the plain forward, and the way back to physical units."""
     seen = observation()
     noise = []
-    policy.velocity, kept = lambda prefix, state, x, t: noise.append(x) or torch.zeros_like(x), policy.velocity
+    policy.sampler, kept = lambda prefix, state: lambda x, t: noise.append(x) or torch.zeros_like(x), policy.sampler
     policy.predict(seen)
-    del policy.velocity
-    assert policy.velocity == kept
+    del policy.sampler
+    assert policy.sampler == kept
     actions = policy.predict(seen)
     mean, std = (np.array(getattr(policy.normalizer.statistics, name)) for name in ("mean", "std"))
     state = torch.zeros(2, 10)
@@ -226,12 +226,12 @@ def test_ten_steps_of_a_constant_velocity(policy, monkeypatch):
     velocity = torch.linspace(-2, 2, 45).reshape(1, 5, 9)
     starts, times = [], []
 
-    def constant(prefix, state, x, t):
+    def constant(x, t):
         starts.append(x)
         times.append(t)
         return velocity.expand_as(x)
 
-    monkeypatch.setattr(policy, "velocity", constant)
+    monkeypatch.setattr(policy, "sampler", lambda prefix, state: constant)
     actions = policy.predict(observation())
     assert [t.tolist() for t in times] == [pytest.approx([1 - i / 10] * 2) for i in range(10)]
     end = starts[0] - velocity
@@ -431,7 +431,7 @@ def test_gripper_centre_and_scale(monkeypatch, gripper, opened, closed):
     assert regressed.shape == (1, 5, 9) and (regressed[..., 7:] == 0).all()
     torch.testing.assert_close(regressed[0, :2, 6], torch.tensor([opened, closed]))
     monkeypatch.setattr("vla.baselines.pi0.initial_noise", lambda *_: regressed.expand(2, -1, -1).clone())
-    monkeypatch.setattr(policy, "velocity", lambda prefix, state, x, t: torch.zeros_like(x))
+    monkeypatch.setattr(policy, "sampler", lambda prefix, state: lambda x, t: torch.zeros_like(x))
     assert policy.predict(observation())[..., 6].tolist() == [[1, 0, 0, 0, 0]] * 2
 
 
@@ -439,7 +439,7 @@ def test_quantile_normalisation_clips_and_zscore_does_not(monkeypatch):
     monkeypatch.setattr("vla.baselines.pi0.initial_noise", lambda *_: torch.full((2, 5, 9), 3.0))
     for scheme in ("q99", "zscore"):
         policy = build(scheme)
-        monkeypatch.setattr(policy, "velocity", lambda prefix, state, x, t: torch.zeros_like(x))
+        monkeypatch.setattr(policy, "sampler", lambda prefix, state: lambda x, t: torch.zeros_like(x))
         motion, statistics = policy.predict(observation())[0, 0, :6], policy.normalizer.statistics
         top = statistics.q99 if scheme == "q99" else np.array(statistics.mean) + 3 * np.array(statistics.std)
         torch.testing.assert_close(motion, torch.tensor(top[:6]).float(), atol=1e-4, rtol=1e-4)

@@ -283,7 +283,7 @@ def test_released_libero_policy_acts_in_physical_units(tmp_path, base, two_heads
     policy, _ = run(lerobot(tmp_path / "lerobot", released()), tmp_path / "out", base)
     z = torch.linspace(-1, 1, 6)[None, :, None].expand(1, 6, 9).clone()
     monkeypatch.setattr("vla.baselines.pi0.initial_noise", lambda *_: z)
-    monkeypatch.setattr(policy, "velocity", lambda prefix, state, x, t: torch.zeros_like(x))
+    monkeypatch.setattr(policy, "sampler", lambda prefix, state: lambda x, t: torch.zeros_like(x))
     seen = {"images": {c: frames(1) for c in policy.cameras}, "state": torch.zeros(1, 8), "instruction": ["open"]}
     actions = policy.predict(seen)[0]
     mean, std = np.array(STATISTICS["mean"]), np.array(STATISTICS["std"])

@@ -13,12 +13,13 @@ from transformers import Gemma2Config, PaliGemmaConfig, PaliGemmaForConditionalG
 from data.normalization import ActionNormalizer, ActionStatistics
 from vla.action_tokens.grid import SpatialGrid, adapt_embeddings
 from vla.baselines import spatialvla
-from vla.baselines.spatialvla import SpatialVLA, places_of, random_depth, visible
+from vla.baselines.spatialvla import SpatialVLA
 from vla.build import build_policy
 from vla.checkpoint import export_policy, load_policy
 from vla.cli import compose_config
-from vla.ego3d import encode_points, estimate_depth, patch_points
+from vla.ego3d import encode_points, estimate_depth, patch_points, random_depth
 from vla.errors import UserError
+from vla.prefix_lm import places_of, visible
 from vla.tokenizer import byte_tokenizer
 from vla.training import policy_arguments
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import re
+import string
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import LlamaTokenizer
 
 from tests.test_contract import batch_of, build, observation_of
+from vla import generation, string_policy
 from vla.action_tokens.constrained import character_ids, decode
 from vla.action_tokens.strings import write
+from vla.build import build_policy
 from vla.checkpoint import export_policy, load_policy
+from vla.cli import compose_config
 from vla.errors import UserError
 from vla.policy import hold_last
-from vla.string_policy import speaker
 from vla.tokenizer import byte_tokenizer
-from vla.training import policy_arguments
+from vla.training import policy_arguments, statistics_of
 
 STRING = ("policy.actions=string", "normalization=q99")
 SPEAKING = ("openvla", "pi0", "vlm4vla", "spatialvla")
@@ -104,12 +109,11 @@ def test_a_batch_learnt_is_said_again_with_and_without_the_constraint(baseline, 
     wanted = policy.normalizer.unnormalize(policy.normalizer.normalize(batch["actions"]))
     right = ((said - wanted)[..., :6].abs() <= 2.6e-5 * width + 1e-7).all(-1)
     assert right.float().mean() >= 0.25  # 5e-5 of the normalised range, which is two wide
-    model, space = speaker(policy)
+    model, prompts = policy.prompts(batch["instruction"])
     with torch.no_grad():
-        texts = [text + space for text in policy.prompts(model, batch["instruction"])]
         tokens = policy.seen_by(policy.encode_images(policy.prepare(batch["images"])))
-        free = policy.unconstrained(model, model.read(tokens, texts))
-        held = decode(model, model.read(tokens, texts), policy.grammar, policy.characters, 1)
+        free = policy.unconstrained(model, model.read_ids(tokens, prompts))
+        held = decode(model, model.read_ids(tokens, prompts), policy.grammar, policy.characters, 1)
     formed = [re.fullmatch(r"([-+]?[01]\.\d{1,4},){7}", text) is not None for text in free]
     assert sum(formed) >= 2 and all(a == b for a, b, well in zip(free, held, formed, strict=True) if well)
 
@@ -120,20 +124,20 @@ def test_constrained_text_is_the_greedy_choice_among_what_is_allowed(baseline, s
     module, cfg = build(baseline, "vanilla", store, *STRING, "chunk=1")
     batch, policy = batch_of(store, cfg, pairs=None), module.eval().policy
     batch["instruction"][0] = "push"
-    model, space = speaker(policy)
+    model, prompts = policy.prompts(batch["instruction"])
     with torch.no_grad():
         tokens = policy.seen_by(policy.encode_images(policy.prepare(batch["images"])))
-        texts = [text + space for text in policy.prompts(model, batch["instruction"])]
-        held = decode(model, model.read(tokens, texts), policy.grammar, policy.characters, 1)
-        naive = [""] * len(texts)
+        held = decode(model, model.read_ids(tokens, prompts), policy.grammar, policy.characters, 1)
+        naive, ids = [""] * len(prompts), [list(prompt) for prompt in prompts]
         head = model.head[torch.tensor(policy.characters)]
-        for row in range(len(texts)):
+        for row in range(len(prompts)):
             state, dim = int(policy.grammar.start[0]), 0
             while dim < 7:
-                hidden = model.read(tokens, [t + n for t, n in zip(texts, naive, strict=True)]).hidden[row]
+                hidden = model.read_ids(tokens, ids).hidden[row]
                 allowed = torch.from_numpy(policy.grammar.next[state] >= 0)
                 choice = int((head @ hidden).masked_fill(~allowed, -torch.inf).argmax())
                 naive[row] += "0123456789-+.,"[choice]
+                ids[row].append(policy.characters[choice])
                 state = int(policy.grammar.next[state, choice])
                 if state == 0:
                     dim += 1
@@ -201,3 +205,60 @@ def test_a_policy_trained_on_crops_is_shown_the_middle(store, monkeypatch):
     policy.predict(observation)
     assert torch.equal(seen[0]["static"], shown["static"])
     assert not torch.equal(shown["static"], policy.prepare(observation["images"])["static"])
+
+
+def sentencepiece() -> LlamaTokenizer:
+    """Llama-2's kind: a space before every text, two spaces are one token, digits and signs one each."""
+    characters = string.ascii_letters + string.digits + ".,-+:?<>_"
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁▁", *characters]
+    return LlamaTokenizer(vocab={piece: n for n, piece in enumerate(pieces)}, merges=[("▁", "▁")])
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_prompt_and_text_are_the_tokens_of_the_whole_text_in_training_and_in_acting(released, store, monkeypatch):
+    """A space by itself is another token there than a space behind a prompt."""
+    words = ("baseline=openvla", "size=tiny", *STRING, "chunk=1", f"policy.string.released_label_mask={released}")
+    cfg = compose_config("train", *words)
+    arguments = policy_arguments(cfg) | {"tokenizer": sentencepiece()}
+    policy = build_policy("openvla", statistics_of(store), "q99", arguments).eval()
+    batch, read, said = batch_of(store, cfg, pairs=None), [], []
+    reading, loss = generation._read_openvla, string_policy.cross_entropy
+    monkeypatch.setattr(generation, "_read_openvla", lambda p, t, rows: read.append(rows) or reading(p, t, rows))
+    monkeypatch.setattr(string_policy, "cross_entropy", lambda m, p, t: said.append(t) or loss(m, p, t))
+    policy.predict(observation_of(batch))
+    policy.loss(batch, policy.encode_images(policy.prepare(batch["images"])))
+    acting, training = read
+    values = policy.normalizer.normalize(batch["actions"])[0, 0].numpy()
+    question = f"<VLA_PROMPT> What action should the robot take to {batch['instruction'][0]}?"
+    whole = policy.tokenizer.encode(f"In: {question}\nOut: {write(values, 'genvla')}", add_special_tokens=False)
+    ids = [policy.tokenizer.bos_token_id, *whole, policy.tokenizer.eos_token_id]
+    assert training[0] + said[0].ids[0] == ids
+    assert acting[0] == ids[: len(acting[0])] and len(acting[0]) == len(training[0]) + released
+    assert all(said[0].counted[0])
+
+
+def test_vlm4vla_speaks_with_a_released_head_and_keeps_it(store, tmp_path):
+    """Qwen3-VL 8B's head is not its embedding, and the exported policy must not need the release again."""
+    tied, _ = build("vlm4vla", "vanilla", store, *STRING)
+    released = torch.randn_like(tied.policy.base.language_model.embed_tokens.weight)
+    (tmp_path / "qwen").mkdir()
+    save_file({"lm_head.weight": released, "model.norm.weight": torch.ones(3)}, tmp_path / "qwen/model.safetensors")
+    module, cfg = build("vlm4vla", "vanilla", store, *STRING, f"policy.language_head={tmp_path / 'qwen'}")
+    head = module.policy.base.lm_head.weight
+    assert tied.policy.base.lm_head is None and torch.equal(head, released) and head.requires_grad
+    batch = batch_of(store, cfg)
+    module.losses(batch)["total"].backward()
+    assert head.grad.abs().sum() > 0
+    about = {"arm": "vanilla", "train_seed": 0, "image_rotation": "rotate180"}
+    export_policy(module.policy, tmp_path / "policy", name="vlm4vla", arguments=policy_arguments(cfg), about=about)
+    (tmp_path / "qwen/model.safetensors").unlink()
+    again, _ = load_policy(tmp_path / "policy", "cpu")
+    assert torch.equal(again.base.lm_head.weight, released)
+    observation = observation_of(batch)
+    assert torch.equal(again.eval().predict(observation), module.eval().policy.predict(observation))
+
+
+def test_a_release_whose_head_is_its_embedding_is_one_line(store, tmp_path):
+    save_file({"model.norm.weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"policy.language_head={tmp_path} holds no lm_head.weight.*tied"):
+        build("vlm4vla", "vanilla", store, *STRING, f"policy.language_head={tmp_path}")

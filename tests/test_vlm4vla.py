@@ -79,6 +79,26 @@ def test_patches_equal_the_released_processors_layout():
     assert grid.prod().item() // 4 == 64  # the released default is another model: 64 tokens
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_frames_attended_together_are_attended_apart(attention):
+    """transformers' own path takes one frame after the other."""
+    torch.manual_seed(0)
+    tower = QwenVision(Qwen3VLVisionConfig(**VISION), 64, "post_projector")
+    tower.set_attention(attention)
+    seen = []
+    for name in (attention, None):
+        tower.zero_grad()
+        if name is None:
+            tower.model.set_attn_implementation(attention)
+            grid = torch.tensor([[1, 4, 4]] * 3)
+            tokens = tower.model(tower.patches(frames(3, 64)), grid_thw=grid).pooler_output
+        else:
+            tokens = tower(frames(3, 64)).embeds.flatten(0, 1)
+        tokens.square().sum().backward()
+        seen.append((tokens, tower.model.blocks[0].attn.qkv.weight.grad.clone()))
+    torch.testing.assert_close(*seen, atol=1e-6, rtol=1e-5)
+
+
 def test_whole_forward_equals_transformers_own_model(policy):
     """The query's hidden state, against Qwen3VLModel's forward on the same weights with the reference's positions."""
     config = Qwen3VLConfig(

@@ -71,10 +71,14 @@ class FlowTransformer(nn.Module):
         """What the blocks attend to, (B, L, dim), from the encoder's features (B, L, context_dim)."""
         return self.cond_linear(self.cond_norm(features))
 
+    def condition(self, t: Tensor) -> Tensor:
+        """What the blocks' modulation is made of, (N, dim), at times (N,)."""
+        frequency = self.frequency_embedder(t.new_full((1,), self.frequency))
+        return F.silu(stateless_norm(self.t_embedder(t)) + stateless_norm(frequency))
+
     def forward(self, actions: Tensor, t: Tensor, context: Tensor, valid: Tensor | None = None) -> Tensor:
         """`valid` is bool (B, L), False for context that is not to be attended to; None for all of it."""
-        condition = stateless_norm(self.t_embedder(t))
-        condition = F.silu(condition + stateless_norm(self.frequency_embedder(t.new_full((1,), self.frequency))))
+        condition = self.condition(t)
         shared = self.adaln(condition)
         mask = None if valid is None else valid[:, None, None]
         hidden = self.action_encoder(actions)

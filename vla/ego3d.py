@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import ZoeDepthForDepthEstimation
+from transformers import BeitConfig, ZoeDepthConfig, ZoeDepthForDepthEstimation
+
+from vla.errors import UserError
+from vla.policy import sent
 
 POINTS = 2
 """Sample points per side of a patch."""
@@ -65,7 +68,7 @@ def patch_points(depth: Tensor, rays: Tensor, grid: int) -> Tensor:
 
 def encode_points(points: Tensor) -> Tensor:
     """(B, P, 12) → (B, P, 204): of every coordinate itself, then sin(2ᵏx) and cos(2ᵏx), k = 0 … 7 (NeRF's encoding)."""
-    centre = torch.tensor(CENTRE, device=points.device).repeat(points.shape[-1] // 3)
+    centre = sent(CENTRE, points.device).repeat(points.shape[-1] // 3)
     scaled = ((points - centre) / 2)[..., None]
     angles = scaled * 2.0 ** torch.arange(FREQUENCIES, device=points.device)
     return torch.cat([scaled, angles.sin(), angles.cos()], dim=-1).flatten(2)
@@ -101,3 +104,15 @@ def metric_depth(model: ZoeDepthForDepthEstimation, pixels: Tensor) -> Tensor:
         for head in heads:
             depth[chosen == head] = model(pixels[chosen == head]).predicted_depth
     return depth
+
+
+def random_depth(config: dict) -> ZoeDepthForDepthEstimation:
+    backbone = {key: value for key, value in config["backbone_config"].items() if key != "model_type"}
+    return ZoeDepthForDepthEstimation(ZoeDepthConfig(**config | {"backbone_config": BeitConfig(**backbone)}))
+
+
+def load_depth(pretrained: str) -> ZoeDepthForDepthEstimation:
+    try:
+        return ZoeDepthForDepthEstimation.from_pretrained(pretrained, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"policy.pretrained_depth={pretrained} cannot be loaded: {error}") from error

@@ -28,10 +28,11 @@ from transformers import Cache, DynamicCache, PreTrainedTokenizerBase
 
 from vla.baselines.openvla import OpenVLA
 from vla.baselines.pi0 import Pi0
-from vla.baselines.spatialvla import SpatialVLA, places_of, visible
+from vla.baselines.spatialvla import SpatialVLA
 from vla.baselines.vlm4vla import IMAGE, VLM4VLA
 from vla.errors import UserError
-from vla.policy import Policy, VisualTokens
+from vla.policy import Policy, VisualTokens, sent
+from vla.prefix_lm import places_of, visible
 from vla.released.source import read_tensors, resolve, take, weight_files
 
 TEMPLATES = {
@@ -94,7 +95,8 @@ class TextModel:
 
 
 def text_model(policy: Policy, template: str | None = None, head: str | None = None) -> TextModel:
-    """
+    """The language model of a policy, under string actions that of its baseline, as something that says text.
+
     Args:
         template: instead of the baseline's own in TEMPLATES.
         head: of vlm4vla only: "tied", or the folder or hub id of the released model whose lm_head it is.
@@ -191,8 +193,8 @@ def language_head(policy: VLM4VLA, head: str | None) -> Tensor:
     return embedding if head == TIED else read_head(head, tuple(embedding.shape)).to(embedding)
 
 
-def read_head(source: str, shape: tuple[int, int]) -> Tensor:
-    """lm_head.weight of a checkpoint, without reading the rest of it where the file allows."""
+def read_head(source: str, shape: tuple[int, int], key: str = "evaluation.vqa.head") -> Tensor:
+    """lm_head.weight of a checkpoint, named by `key`, without reading the rest of it where the file allows."""
     path = resolve(source)
     for file in weight_files(path) if path.is_dir() else [path]:
         if file.suffix != ".safetensors":
@@ -206,7 +208,7 @@ def read_head(source: str, shape: tuple[int, int]) -> Tensor:
                 raise UserError(f"{file} is missing or damaged ({error}); download it again") from error
         if "lm_head.weight" in tensors:
             return take(tensors, "lm_head.weight", shape)
-    raise UserError(f"evaluation.vqa.head={source} holds no lm_head.weight: its head is the embedding; set it to tied")
+    raise UserError(f"{key}={source} holds no lm_head.weight: its head is the embedding; set it to tied")
 
 
 def _read_openvla(policy: OpenVLA, tokens: VisualTokens, rows: list[list[int]]) -> Prefix:
@@ -254,7 +256,8 @@ def _read_vlm4vla(policy: VLM4VLA, tokens: VisualTokens, rows: list[list[int]]) 
     deepstack = [layer.flatten(0, 1).to(embeds.dtype) for layer in tokens.deepstack] if policy.deepstack else []
     extra = {}
     if deepstack:
-        extra = {"visual_pos_masks": is_image.expand(len(ids), -1), "deepstack_visual_embeds": deepstack}
+        rows_of_image = torch.arange(ids.numel(), device=ids.device).view_as(ids)[:, start : start + count].flatten()
+        extra = {"visual_pos_masks": rows_of_image, "deepstack_visual_embeds": deepstack}
     return _prefix(policy.language_model, embeds, lengths, positions, lengths - count + side, **extra)
 
 
@@ -283,8 +286,8 @@ def _prefix(
 def _pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids (B, T), padded on the right with 0, and their lengths (B,)."""
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-    return ids, torch.tensor([len(row) for row in rows], device=device)
+    ids = sent([row + [0] * (longest - len(row)) for row in rows], device)
+    return ids, sent([len(row) for row in rows], device)
 
 
 def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

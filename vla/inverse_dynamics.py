@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.normalization import ActionNormalizer
-from vla.policy import GRIPPER, VisualTokens
+from vla.policy import GRIPPER, VisualTokens, sent
 
 
 class InverseDynamicsHead(nn.Module):
@@ -33,7 +33,7 @@ class InverseDynamicsHead(nn.Module):
 
 def reverse_actions(actions: Tensor) -> Tensor:
     """a† of §3.2 for a chunk (…, H, 7): order reversed, the six motion offsets negated, the gripper kept."""
-    sign = torch.tensor([-1.0] * GRIPPER + [1.0], device=actions.device, dtype=actions.dtype)
+    sign = sent([-1.0] * GRIPPER + [1.0], actions.device).to(actions.dtype)
     return actions.flip(-2) * sign
 
 

@@ -10,8 +10,9 @@ in conf/baseline/, and tests/test_contract.py passing.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from data.normalization import ActionNormalizer
 from vla.errors import UserError
 
 GRIPPER = 6
+IGNORED = -100
+"""Label that F.cross_entropy leaves out."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,17 @@ class VisualTokens:
         return VisualTokens(self.embeds[rows], self.tap[rows], tuple(layer[rows] for layer in self.deepstack), frames)
 
 
+def sent(values: Any, device: torch.device) -> Tensor:
+    """Host values as a tensor on `device`, whose work before it the host does not wait for, unlike torch.tensor's."""
+    return torch.as_tensor(values).to(device, non_blocking=True)
+
+
+def of_cameras(tokens: VisualTokens, images: dict[str, Tensor]) -> dict[str, VisualTokens]:
+    """Each camera's part of the tokens of all `images`' frames, read in one pass one camera after another."""
+    ends = itertools.accumulate(len(frames) for frames in images.values())
+    return {c: tokens.rows(slice(end - len(images[c]), end)) for c, end in zip(images, ends, strict=True)}
+
+
 class Policy(nn.Module):
     """A vision-language-action policy.
 
@@ -59,12 +73,17 @@ class Policy(nn.Module):
         ensemble: temperature of the temporal ensembling its paper rolls it out with, None for none (vla/ensemble.py).
         dual: a frozen encoder stands beside the trained one (vla/dual_encoder.py).
         speaks: its language model is trained to say text (string actions, co-training).
+        fast: it acts by this project's samplers and decoders where it has them, else as its reference does, which is
+            slower and equal to rounding (scripts/bench.py latency compares the two).
+        compiled_parts: methods that vla/compiled.py compiles.
     """
 
     tokenizer: PreTrainedTokenizerBase
     ensemble: float | None = None
     dual: bool = False
     speaks: bool = False
+    fast: bool = True
+    compiled_parts: ClassVar[tuple[str, ...]] = ("encode_images",)
     of_the_run: ClassVar[tuple[str, ...]] = ("chunk", "cameras", "tap")
     """Arguments of `build` that a run which starts from another policy's weights decides itself (init_from)."""
 

@@ -40,7 +40,7 @@ class StringPolicy(Policy):
 
     Args:
         base: its action head is taken off.
-        form, prompt, constrained, released_label_mask: see StringConfig.
+        strings: form, prompt, whether decoding is constrained, what the loss counts.
 
     Attributes:
         malformed: texts that were no action, of `decoded` in all (without the constraint only).
@@ -56,7 +56,7 @@ class StringPolicy(Policy):
             )
         base.drop_action_head()
         self.base, self.strings = base, strings
-        self.tokenizer, self.dual, self.speaks = base.tokenizer, base.dual, True
+        self.tokenizer, self.dual, self.speaks, self.ensemble = base.tokenizer, base.dual, True, base.ensemble
         self.grammar, self.characters = Grammar(strings.form), character_ids(base.tokenizer)
         self.malformed = self.decoded = 0
         self._gripper: dict[int, float] = {}
@@ -80,9 +80,11 @@ class StringPolicy(Policy):
     def architecture(self) -> dict:
         return self.base.architecture()
 
-    def prompts(self, model: TextModel, instructions: list[str]) -> list[str]:
+    def prompts(self, instructions: list[str]) -> tuple[TextModel, list[list[int]]]:
+        """The language model, and the ids of the prompts up to where the action's text begins."""
+        model, space = speaker(self)
         asked = (self.strings.prompt.replace("{instruction}", text.strip().lower()) for text in instructions)
-        return [model.template.replace("{prompt}", prompt) for prompt in asked]
+        return model, [model.encode(model.template.replace("{prompt}", prompt) + space) for prompt in asked]
 
     def seen_by(self, visual: dict[str, VisualTokens]) -> VisualTokens:
         """All cameras' tokens in a row, as the language model reads them."""
@@ -93,28 +95,26 @@ class StringPolicy(Policy):
 
     def loss(self, batch: dict, visual: dict[str, VisualTokens]) -> dict[str, Tensor]:
         """Mean cross-entropy over the characters of valid steps and the end token, and how many those were."""
-        (model, space), valid = speaker(self), batch["action_valid"]
+        (model, prompts), valid = self.prompts(batch["instruction"]), batch["action_valid"]
         values = self.normalizer.normalize(hold_last(batch["actions"], valid)).clamp(-1, 1).cpu().numpy()
-        space = self.tokenizer.encode(space, add_special_tokens=False)[-1:]
+        early = int(self.strings.released_label_mask)  # the prompt's last token is said too
         rows = []
-        for steps, real in zip(values, valid.tolist(), strict=True):
-            text, counted = [], []
+        for prompt, steps, real in zip(prompts, values, valid.tolist(), strict=True):
+            text, counted = prompt[len(prompt) - early :], [True] * early
             for step, said in zip(steps, real, strict=True):
                 characters = [self.characters[ALPHABET.index(c)] for c in write(step, self.strings.form)]
                 text += characters
                 counted += [said] * len(characters)
-            before = [self.strings.released_label_mask] * len(space)
-            rows.append((space + text + model.stop[:1], [*before, *counted, True]))
+            rows.append((text + model.stop[:1], [*counted, True]))
         targets = TextTargets([ids for ids, _ in rows], [counted for _, counted in rows])
-        prefix = model.read(self.seen_by(visual), self.prompts(model, batch["instruction"]))
+        prefix = model.read_ids(self.seen_by(visual), [prompt[: len(prompt) - early] for prompt in prompts])
         total, count, right = cross_entropy(model, prefix, targets)
         return {"loss": total / count, "token_accuracy": right / count, "tokens": count}
 
     @torch.no_grad()
     def predict(self, observation: dict) -> Tensor:
-        (model, space), images = speaker(self), self.base.prepare_to_act(observation["images"])
-        texts = [text + space for text in self.prompts(model, observation["instruction"])]
-        prefix = model.read(self.seen_by(self.encode_images(images)), texts)
+        (model, prompts), images = self.prompts(observation["instruction"]), observation["images"]
+        prefix = model.read_ids(self.seen_by(self.encode_images(self.base.prepare_to_act(images))), prompts)
         count = DIMS * self.chunk
         if self.strings.constrained:
             said = decode(model, prefix, self.grammar, self.characters, self.chunk)

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vla.generation import Prefix, TextModel
-
-IGNORED = -100
+from vla.policy import sent
 
 
 @dataclass(frozen=True)
@@ -28,15 +27,11 @@ class TextTargets:
 def cross_entropy(model: TextModel, prefix: Prefix, targets: TextTargets) -> tuple[Tensor, Tensor, Tensor]:
     """(sum of the cross-entropies, how many ids counted, how many of them were the likeliest)."""
     device, longest = prefix.hidden.device, max(map(len, targets.ids))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in targets.ids], device=device)
-    labels = torch.tensor(
-        [
-            [i if said else IGNORED for i, said in zip(row, counted, strict=True)] + [IGNORED] * (longest - len(row))
-            for row, counted in zip(targets.ids, targets.counted, strict=True)
-        ],
-        device=device,
-    )
-    lengths = torch.tensor([len(row) for row in targets.ids], device=device)
+    ids = sent([row + [0] * (longest - len(row)) for row in targets.ids], device)
+    # Which ids count is known here: asked of the device, the host would wait for it.
+    counted = [(row, at) for row, said in enumerate(targets.counted) for at, counts in enumerate(said) if counts]
+    labels = sent(torch.tensor([targets.ids[row][at] for row, at in counted], dtype=torch.long), device)
+    lengths = sent([len(row) for row in targets.ids], device)
     place = torch.arange(longest - 1, device=device)
     real = place < (lengths - 1)[:, None]  # the last id is said, never read
     read = model.model(
@@ -47,7 +42,8 @@ def cross_entropy(model: TextModel, prefix: Prefix, targets: TextTargets) -> tup
         use_cache=True,
     ).last_hidden_state
     hidden = torch.cat([prefix.hidden[:, None], read], dim=1)
-    counted = labels != IGNORED
-    logits = model.logits(hidden[counted]).float()  # of what counts only: the head is the widest matrix there is
-    labels = labels[counted]
-    return F.cross_entropy(logits, labels, reduction="sum"), counted.sum(), (logits.argmax(-1) == labels).sum()
+    places = sent(torch.tensor([row * longest + at for row, at in counted], dtype=torch.long), device)
+    said = hidden.flatten(0, 1).index_select(0, places)
+    logits = model.logits(said).float()  # of what counts only: the head is the widest matrix there is
+    count = sent(len(counted), device)
+    return F.cross_entropy(logits, labels, reduction="sum"), count, (logits.argmax(-1) == labels).sum()

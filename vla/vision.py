@@ -5,14 +5,38 @@ Both take uint8 frames and return VisualTokens, so the policy behind them does n
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLVisionConfig
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel, eager_attention_forward
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from vla.errors import UserError
-from vla.policy import VisualTokens, resize
+from vla.policy import VisualTokens, resize, sent
+
+
+def attend_by_frame(attend, module, query, key, value, *, frames: int, **kwargs) -> tuple[Tensor, None]:
+    """Attention of each frame's patches among themselves, frames of one size in one call.
+
+    transformers packs all patches into one sequence and, without flash attention, attends frame after frame, each
+    layer asking the device for their lengths.
+
+    Args:
+        attend: attention of a batch, as transformers has it.
+        query, key, value: (1, heads, frames · patches, width).
+    """
+    one_each = [t[0].unflatten(1, (frames, -1)).transpose(0, 1) for t in (query, key, value)]
+    return attend(module, *one_each, **kwargs)[0].flatten(0, 1)[None], None
+
+
+BY_FRAME = {"sdpa": "by_frame_sdpa", "eager": "by_frame_eager"}
+ALL_ATTENTION_FUNCTIONS.register(BY_FRAME["sdpa"], partial(attend_by_frame, sdpa_attention_forward))
+ALL_ATTENTION_FUNCTIONS.register(BY_FRAME["eager"], partial(attend_by_frame, eager_attention_forward))
 
 
 def parse_tap(tap: str, depth: int) -> int | str:
@@ -46,12 +70,34 @@ class QwenVision(nn.Module):
         if vision_size % (self.patch * self.merge):
             raise UserError(f"policy.vision_size={vision_size} must be a multiple of {self.patch * self.merge}")
         self.size, self.tap = vision_size, parse_tap(tap, config.depth)
+        with torch.device("cpu"):  # of one frame, made once: made on the device, the host would wait for each of them
+            grid = torch.tensor([[1, vision_size // self.patch, vision_size // self.patch]])
+            indices, weights = get_vision_interpolation_indices_and_weights(
+                grid, self.model.num_grid_per_side, self.model.interpolation_mode,
+                self.model.interpolation_align_corners, self.merge,
+            )  # fmt: skip
+            self.places = indices, weights, get_vision_position_ids(grid, self.merge)
+
+    def set_attention(self, attention: str) -> None:
+        """`attention`: transformers' name, as in VLM4VLA.build."""
+        self.model.set_attn_implementation(BY_FRAME.get(attention, attention))
 
     def forward(self, frames: Tensor) -> VisualTokens:
-        batch, grid = len(frames), self.size // self.patch
-        grid_thw = torch.tensor([[1, grid, grid]], device=frames.device).expand(batch, 3)
+        batch, patches = len(frames), len(self.places[0])
+        by_frame = self.model.config._attn_implementation in BY_FRAME.values()
+        step, where = (batch * patches, "cpu") if by_frame else (patches, frames.device)
+        ends = torch.arange(0, batch * patches + 1, step, dtype=torch.int32, device=where)
+        indices, weights, positions = (sent(of_one, frames.device).repeat(batch, 1) for of_one in self.places)
         output = self.model(
-            self.patches(frames).to(self.model.dtype), grid_thw=grid_thw, output_hidden_states=isinstance(self.tap, int)
+            self.patches(frames).to(self.model.dtype),
+            grid_thw=None,
+            interp_indices=indices,
+            interp_weights=weights,
+            position_ids=positions,
+            cu_seqlens=ends,
+            max_seqlen=patches,
+            output_hidden_states=isinstance(self.tap, int),
+            **({"frames": batch} if by_frame else {}),
         )
         embeds = output.pooler_output.unflatten(0, (batch, -1))
         taps = {"pre_projector": output.last_hidden_state, "post_projector": output.pooler_output}

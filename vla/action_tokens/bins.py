@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vla.policy import sent
+
 
 class UniformBins:
     """Normalised values in [-1, 1] ↔ token ids in [end - count, end - 1].
@@ -25,10 +27,10 @@ class UniformBins:
 
     def encode(self, values: Tensor) -> Tensor:
         """Ids, int64, of any shape of values; those outside [-1, 1] are clipped."""
-        bins = torch.bucketize(values.double().clamp(-1, 1), self.edges.to(values.device), right=True)
+        bins = torch.bucketize(values.double().clamp(-1, 1), sent(self.edges, values.device), right=True)
         return self.end - bins
 
     def decode(self, ids: Tensor) -> Tensor:
         """float32 values of any shape of ids."""
         index = (self.end - 1 - ids).clamp(0, self.count - 2)
-        return self.centres.to(ids.device)[index].float()
+        return sent(self.centres, ids.device)[index].float()

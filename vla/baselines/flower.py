@@ -37,7 +37,8 @@ from vla.dit import FlowTransformer
 from vla.dual_encoder import Frozen, beside, mixer
 from vla.errors import UserError
 from vla.flow import beta_times, euler, initial_noise, interpolate, logit_normal_times, stratified_times
-from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized
+from vla.flow_sampler import FlowSampler
+from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized, of_cameras, sent
 from vla.tokenizer import byte_tokenizer
 from vla.vision import parse_tap
 
@@ -62,6 +63,8 @@ class Flower(Policy):
         token_dropout: of single features of the encoder's output.
         attend_padding: see the module's docstring.
     """
+
+    compiled_parts = ("encode_images", "sample")
 
     def __init__(
         self,
@@ -159,16 +162,14 @@ class Flower(Policy):
 
     def encode_images(self, images: dict[str, Tensor]) -> dict[str, VisualTokens]:
         """Taps: pre_projector = DaViT's last feature map, post_projector = its mean and its positions, projected."""
-        visual = {}
-        for camera in images:
-            tower = self.vision_tower(self.pixels(images[camera]), output_hidden_states=isinstance(self.tap_layer, int))
-            embeds = tap = self.projector(tower.last_hidden_state)
-            if self.tap_layer == "pre_projector":
-                tap = tower.last_hidden_state.flatten(2).transpose(1, 2)
-            elif self.tap_layer != "post_projector":
-                tap = tower.hidden_states[self.tap_layer + 1].flatten(2).transpose(1, 2)
-            visual[camera] = VisualTokens(embeds, tap, frames=images[camera] if self.dual else None)
-        return visual
+        frames = torch.cat([*images.values()])
+        tower = self.vision_tower(self.pixels(frames), output_hidden_states=isinstance(self.tap_layer, int))
+        embeds = tap = self.projector(tower.last_hidden_state)
+        if self.tap_layer == "pre_projector":
+            tap = tower.last_hidden_state.flatten(2).transpose(1, 2)
+        elif self.tap_layer != "post_projector":
+            tap = tower.hidden_states[self.tap_layer + 1].flatten(2).transpose(1, 2)
+        return of_cameras(VisualTokens(embeds, tap, frames=frames if self.dual else None), images)
 
     def pixels(self, frames: Tensor) -> Tensor:
         return (frames.float() / 255 - self.mean) / self.std
@@ -208,7 +209,7 @@ class Flower(Policy):
             truncation=True,
             max_length=self.max_text_tokens,
         )
-        return encoded["input_ids"].to(device), encoded["attention_mask"].to(device).bool()
+        return sent(encoded["input_ids"], device), sent(encoded["attention_mask"].bool(), device)
 
     def loss(self, batch: dict, visual: dict[str, VisualTokens]) -> dict[str, Tensor]:
         """Mean squared error of the velocity over valid steps × 7 dims (§4.4)."""
@@ -230,8 +231,14 @@ class Flower(Policy):
         visual = self.encode_images(self.prepare(observation["images"]))
         context, mask = self.context(visual, observation["instruction"], attend_padding=False)
         noise = initial_noise(observation, (self.chunk, ACTION_DIM), self.flow.device)
-        actions = euler(lambda x, t: self.dit(x, t, context, mask).float(), noise, self.flow_steps).clamp(-1, 1)
+        actions = self.sample(context, mask, noise).clamp(-1, 1)
         return actions_from_normalized(actions[..., :GRIPPER], actions[..., GRIPPER] > 0, self.normalizer)
+
+    def sample(self, context: Tensor, mask: Tensor | None, noise: Tensor) -> Tensor:
+        """Normalised actions (B, H, 7) from noise, in `flow_steps` Euler steps."""
+        if self.fast and context.dtype == torch.float32:
+            return FlowSampler(self.dit, context, mask, self.chunk, self.flow_steps).sample(noise)
+        return euler(lambda x, t: self.dit(x, t, context, mask).float(), noise, self.flow_steps)
 
 
 def load_florence(pretrained: str, attention: str) -> tuple[Florence2Model, PreTrainedTokenizerBase]:

@@ -36,8 +36,8 @@ from data.normalization import ActionNormalizer
 from vla.action_tokens.bins import UniformBins
 from vla.dual_encoder import require_own_tap
 from vla.errors import UserError
-from vla.fast_decode import likeliest_tokens
-from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized, hold_last
+from vla.fast_decode import likeliest_tokens, plain_tokens
+from vla.policy import GRIPPER, IGNORED, Policy, VisualTokens, actions_from_normalized, hold_last, sent
 from vla.released.openvla import read
 from vla.released.source import resolve
 from vla.tokenizer import byte_tokenizer
@@ -46,7 +46,6 @@ from vla.vision import parse_tap
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP_AREA = 0.9
 DIMS = GRIPPER + 1
-IGNORED = -100
 TOWERS = ("dino", "siglip")
 
 
@@ -215,7 +214,7 @@ class OpenVLA(Policy):
         """Patch tokens (B, P, C) of uint8 frames from "dino" or "siglip": the last, and those of the tap's layer."""
         pixels, model = frames.float() / 255, getattr(self, name)
         if name == "dino":
-            mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+            mean, std = (sent(x, pixels.device).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
             pixels, prefix = (pixels - mean) / std, 1 + self.dino.config.num_register_tokens  # CLS and registers
         else:
             pixels, prefix = 2 * pixels - 1, 0
@@ -243,8 +242,8 @@ class OpenVLA(Policy):
                 ids.append(self.space_id)
             rows.append(ids)
         longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-        return ids, torch.tensor([len(row) for row in rows], device=device)
+        ids = sent([row + [0] * (longest - len(row)) for row in rows], device)
+        return ids, sent([len(row) for row in rows], device)
 
     def embed(self, visual: dict[str, VisualTokens], ids: Tensor) -> Tensor:
         """Input embeddings (B, P + T, D) of ids (B, T), the P visual tokens behind BOS."""
@@ -292,7 +291,8 @@ class OpenVLA(Policy):
         seen = torch.arange(embeds.shape[1], device=ids.device) <= position[:, None]
         hidden = output.last_hidden_state[torch.arange(len(ids), device=ids.device), position]
         model, head = self.language_model.model, self.language_model.lm_head
-        return likeliest_tokens(model, head, hidden, output.past_key_values, seen, position + 1, DIMS * self.chunk)
+        generate = likeliest_tokens if self.fast else plain_tokens
+        return generate(model, head, hidden, output.past_key_values, seen, position + 1, DIMS * self.chunk)
 
 
 def without_last_block(tower: Dinov2WithRegistersModel | SiglipVisionModel) -> nn.Module:

@@ -19,6 +19,9 @@ Departures from openpi, each on purpose:
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,8 +43,10 @@ from transformers.models.pi0.modeling_pi0 import PI0ActionTimeEmbedding
 from data.normalization import ActionNormalizer
 from vla.dual_encoder import Frozen, beside, require_own_tap, widened
 from vla.errors import UserError
+from vla.expert_sampler import ExpertSampler
+from vla.fast_decode import supports
 from vla.flow import beta_times, euler, initial_noise, interpolate
-from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized, hold_last, resize
+from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized, hold_last, of_cameras, resize, sent
 from vla.tokenizer import byte_tokenizer
 from vla.vision import parse_tap
 
@@ -159,15 +164,12 @@ class Pi0(Policy):
 
     def encode_images(self, images: dict[str, Tensor]) -> dict[str, VisualTokens]:
         """Taps: pre_projector = SigLIP's tokens after its last norm, post_projector = what the language model reads."""
-        vlm, visual = self.pi0.model.vlm, {}
-        for camera in images:
-            pixels = images[camera].float() / 127.5 - 1
-            tower = vlm.vision_tower(pixels, output_hidden_states=isinstance(self.tap_layer, int))
-            embeds = tower.last_hidden_state if self.dual else vlm.multi_modal_projector(tower.last_hidden_state)
-            taps = {"pre_projector": tower.last_hidden_state, "post_projector": embeds}
-            tap = taps[self.tap_layer] if isinstance(self.tap_layer, str) else tower.hidden_states[self.tap_layer + 1]
-            visual[camera] = VisualTokens(embeds, tap, frames=images[camera] if self.dual else None)
-        return visual
+        vlm, frames = self.pi0.model.vlm, torch.cat([*images.values()])
+        tower = vlm.vision_tower(frames.float() / 127.5 - 1, output_hidden_states=isinstance(self.tap_layer, int))
+        embeds = tower.last_hidden_state if self.dual else vlm.multi_modal_projector(tower.last_hidden_state)
+        taps = {"pre_projector": tower.last_hidden_state, "post_projector": embeds}
+        tap = taps[self.tap_layer] if isinstance(self.tap_layer, str) else tower.hidden_states[self.tap_layer + 1]
+        return of_cameras(VisualTokens(embeds, tap, frames=frames if self.dual else None), images)
 
     def make_speaking(self, language_head: str) -> None:
         self.speaks = True
@@ -214,6 +216,12 @@ class Pi0(Policy):
         cache.crop(valid.shape[1] - cache.get_seq_length())  # the suffix leaves its own keys and values there
         return velocity.float()
 
+    def sampler(self, prefix: tuple[Cache, Tensor], state: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """`velocity` as a function of x and t, without gradients and with all else computed once."""
+        if self.fast and supports(self.pi0.model.dit):
+            return ExpertSampler(self.pi0, *prefix, state)
+        return partial(self.velocity, prefix, state)
+
     def tokenize(self, instructions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
         """Ids and validity (B, L) of BOS, the cleaned instruction and a newline token, padded on the right with 0."""
         newline = self.tokenizer.encode("\n", add_special_tokens=False)
@@ -223,8 +231,8 @@ class Pi0(Policy):
             ids = self.tokenizer.encode(text, add_special_tokens=False)
             rows.append([self.tokenizer.bos_token_id, *ids, *newline][: self.max_text_tokens])
         longest = max(map(len, rows))
-        ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
-        valid = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device=device)
+        ids = sent([row + [0] * (longest - len(row)) for row in rows], device)
+        valid = sent([[1] * len(row) + [0] * (longest - len(row)) for row in rows], device)
         return ids, valid
 
     def padded_state(self, state: Tensor) -> Tensor:
@@ -254,7 +262,7 @@ class Pi0(Policy):
         prefix = self.prefix(self.encode_images(self.prepare(observation["images"])), observation["instruction"])
         state = self.padded_state(observation["state"])
         noise = initial_noise(observation, (self.chunk, self.action_dim), state.device)
-        actions = euler(lambda x, t: self.velocity(prefix, state, x, t), noise, self.flow_steps)
+        actions = euler(self.sampler(prefix, state), noise, self.flow_steps)
         motion = actions[..., :GRIPPER]
         if self.normalizer.scheme not in ("none", "zscore"):
             motion = motion.clamp(-1, 1)

@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
-    BeitConfig,
     DynamicCache,
     Gemma2Config,
     Gemma2Model,
@@ -37,20 +36,18 @@ from transformers import (
     PreTrainedTokenizerBase,
     SiglipVisionConfig,
     SiglipVisionModel,
-    ZoeDepthConfig,
     ZoeDepthForDepthEstimation,
 )
 
 from data.normalization import ActionNormalizer
 from vla.action_tokens.grid import TOKENS_PER_STEP, SpatialGrid, adapt_embeddings, add_action_tokens
 from vla.dual_encoder import Frozen, beside, require_own_tap, widened
-from vla.ego3d import Ego3D, estimate_depth
+from vla.ego3d import Ego3D, estimate_depth, load_depth, random_depth
 from vla.errors import UserError
-from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized, hold_last
+from vla.policy import GRIPPER, IGNORED, Policy, VisualTokens, actions_from_normalized, hold_last, sent
+from vla.prefix_lm import MASKS, additive, places_of, visible
 from vla.tokenizer import byte_tokenizer
 from vla.vision import parse_tap
-
-MASKS = ("prefix_lm", "released_flash", "released_eager")
 
 
 class SpatialVLA(Policy):
@@ -249,8 +246,8 @@ class SpatialVLA(Policy):
         rows = [[self.tokenizer.bos_token_id, *text] for text in texts]
         longest = max(map(len, rows))
         pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
-        return ids, torch.tensor([[i < len(row) for i in range(longest)] for row in rows], device=device)
+        ids = sent([row + [pad] * (longest - len(row)) for row in rows], device)
+        return ids, sent([[i < len(row) for i in range(longest)] for row in rows], device)
 
     def embed(self, ids: Tensor) -> Tensor:
         """(B, L, D) of text and action tokens, each by its own embedding, both scaled by √D."""
@@ -307,10 +304,10 @@ class SpatialVLA(Policy):
         ids = self.grid.encode(actions).flatten(1) + self.first_action
         suffix = F.pad(ids, (0, 1), value=self.tokenizer.eos_token_id)
         counted = F.pad(valid.repeat_interleave(TOKENS_PER_STEP, dim=1), (0, 1), value=True)
-        logits = self.suffix_logits(visual[self.cameras[0]], batch["instruction"], suffix)[counted].float()
-        labels = suffix[counted]
-        accuracy = (logits.argmax(-1) == labels).float().mean()
-        return {"loss": F.cross_entropy(logits, labels), "token_accuracy": accuracy, "tokens": counted.sum()}
+        logits = self.suffix_logits(visual[self.cameras[0]], batch["instruction"], suffix).float()
+        tokens, right = counted.sum(), (logits.argmax(-1) == suffix) & counted
+        loss = F.cross_entropy(logits.transpose(1, 2), suffix.masked_fill(~counted, IGNORED))
+        return {"loss": loss, "token_accuracy": right.sum() / tokens, "tokens": tokens}
 
     @torch.no_grad()
     def predict(self, observation: dict) -> Tensor:
@@ -331,45 +328,6 @@ class SpatialVLA(Policy):
             state = self.read(self.embed(ids[-1][:, None]), valid[:, None], places_of(valid), cache)[:, 0]
             ids.append(self.logits(state).argmax(-1))
         return torch.stack(ids, dim=1)
-
-
-def places_of(valid: Tensor) -> Tensor:
-    """1, 2, … over the valid positions (B, L) of each row, then over its padding, wherever that stands."""
-    return torch.where(valid, valid.cumsum(1), valid.sum(1, keepdim=True) + (~valid).cumsum(1))
-
-
-def visible(mask: str, valid: Tensor, places: Tensor, prefix: int) -> Tensor:
-    """Which position (second) each position (first) may look at, bool (B, L, L).
-
-    Args:
-        mask: one of MASKS.
-        valid: bool (B, L), False for padding, which stands among the first `prefix` positions.
-        places: of each position in its sequence (B, L).
-    """
-    before = places[:, None] <= places[:, :, None]
-    if mask == "released_flash":
-        return before & valid[:, None]
-    in_prefix = torch.arange(valid.shape[1], device=valid.device) < prefix
-    if mask == "released_eager":
-        return in_prefix | (before & valid[:, None])
-    return (in_prefix | before) & valid[:, None]
-
-
-def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to attention logits: (B, 1, Q, K), 0 where bool (B, Q, K) holds."""
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
-
-
-def random_depth(config: dict) -> ZoeDepthForDepthEstimation:
-    backbone = {key: value for key, value in config["backbone_config"].items() if key != "model_type"}
-    return ZoeDepthForDepthEstimation(ZoeDepthConfig(**config | {"backbone_config": BeitConfig(**backbone)}))
-
-
-def load_depth(pretrained: str) -> ZoeDepthForDepthEstimation:
-    try:
-        return ZoeDepthForDepthEstimation.from_pretrained(pretrained, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"policy.pretrained_depth={pretrained} cannot be loaded: {error}") from error
 
 
 def load_paligemma(

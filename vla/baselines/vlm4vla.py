@@ -22,7 +22,7 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 from data.normalization import ActionNormalizer
 from vla.dual_encoder import Frozen, beside, mixer
 from vla.errors import UserError
-from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized
+from vla.policy import GRIPPER, Policy, VisualTokens, actions_from_normalized, sent
 from vla.tokenizer import byte_tokenizer
 from vla.vision import ConvTower, QwenVision
 
@@ -48,6 +48,23 @@ class FCDecoder(nn.Module):
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         trunk = self.trunk(query)
         return self.motion(trunk).tanh().unflatten(-1, (self.chunk, GRIPPER)), self.gripper(trunk)
+
+
+def causal(counts: Tensor) -> Tensor:
+    """What each position may look at, bool (B, 1, L, L): itself and what of `counts` (B, L) stands before it.
+
+    As transformers makes it of `counts`; but it asks the device first whether all do.
+    """
+    length = counts.shape[1]
+    return torch.ones(length, length, dtype=torch.bool, device=counts.device).tril() & counts.bool()[:, None, None]
+
+
+def add_rows(hidden: Tensor, rows: Tensor, embeds: Tensor) -> Tensor:
+    """hidden (B, L, D) with `embeds` (N, D) added at `rows` (N,), positions counted over B · L: DeepStack's step.
+
+    In place of transformers' own, which is told a mask and asks the device where it holds.
+    """
+    return hidden.flatten(0, 1).index_add(0, rows, embeds.to(hidden.dtype)).view_as(hidden)
 
 
 def _mlp(widths: list[int]) -> nn.Sequential:
@@ -89,6 +106,7 @@ class VLM4VLA(Policy):
         if prompt.count(IMAGE) != 1 or "{instruction}" not in prompt:
             raise UserError(f"policy.prompt must hold {IMAGE} once and {{instruction}}; it is {prompt!r}")
         self.visual, self.language_model, self.tokenizer = visual, language_model, tokenizer
+        language_model._deepstack_process = add_rows
         hidden = language_model.config.hidden_size
         self.query = nn.Parameter(torch.zeros(hidden))
         self.lm_head = None
@@ -129,6 +147,7 @@ class VLM4VLA(Policy):
             except (OSError, ValueError) as error:
                 raise UserError(f"policy.pretrained={pretrained} cannot be loaded: {error}") from error
             visual = QwenVision(vlm.config.vision_config, vision_size, tap, vlm.model.visual)
+            visual.set_attention(attention)
             return cls(visual, vlm.model.language_model, tokenizer, normalizer, tap=tap, **arguments)
 
         tokenizer = tokenizer or byte_tokenizer()
@@ -136,7 +155,7 @@ class VLM4VLA(Policy):
             visual = ConvTower(**vision_config, tap=tap)
         elif vision == "qwen":
             visual = QwenVision(Qwen3VLVisionConfig(**vision_config), vision_size, tap)
-            visual.model.set_attn_implementation(attention)
+            visual.set_attention(attention)
         else:
             raise UserError(f"policy.vision={vision} is not known; choose qwen or conv")
         text = Qwen3VLTextConfig(**{"vocab_size": len(tokenizer), **text_config})
@@ -166,7 +185,7 @@ class VLM4VLA(Policy):
             shape = self.language_model.embed_tokens.weight.shape
             self.lm_head = nn.Linear(shape[1], shape[0], bias=False)
             if language_head != KEPT:
-                self.lm_head.weight.data.copy_(read_head(language_head, tuple(shape)))
+                self.lm_head.weight.data.copy_(read_head(language_head, tuple(shape), "policy.language_head"))
 
     def drop_action_head(self) -> None:
         self.query = self.head = None
@@ -194,21 +213,24 @@ class VLM4VLA(Policy):
     def decode(self, visual: dict[str, VisualTokens], instructions: list[str]) -> tuple[Tensor, Tensor]:
         """Normalised motion (B, H, 6) in (-1, 1) and gripper logits (B, H)."""
         tokens = self.fused(visual["static"])
-        ids, mask = self.tokenize(instructions, tokens.embeds.shape[1], tokens.embeds.device)
+        device = tokens.embeds.device
+        ids, mask = self.tokenize(instructions, tokens.embeds.shape[1], torch.device("cpu"))
+        mask, is_image = F.pad(mask, (0, 1), value=1), F.pad(ids == self.image_id, (0, 1), value=False)
+        rows = is_image.flatten().nonzero()[:, 0]  # found here: the host would have to wait for the device's answer
+        ids, mask, rows = (sent(host, device) for host in (ids, mask, rows))
         embeds = self.language_model.embed_tokens(ids)
-        is_image = ids == self.image_id
-        embeds = embeds.masked_scatter(is_image[..., None], tokens.embeds.to(embeds.dtype))
         query = self.query.to(embeds.dtype).expand(len(ids), 1, -1)
         embeds = torch.cat([embeds, query], dim=1)
-        mask, is_image = F.pad(mask, (0, 1), value=1), F.pad(is_image, (0, 1), value=False)
+        pictures = tokens.embeds.flatten(0, 1).to(embeds.dtype)
+        embeds = embeds.flatten(0, 1).index_copy(0, rows, pictures).view_as(embeds)
         # Plain positions on all three M-RoPE axes, pads counted (§3.3): the query stands at the padded length.
-        positions = torch.arange(embeds.shape[1], device=ids.device).expand(3, len(ids), -1)
+        positions = torch.arange(embeds.shape[1], device=device).expand(3, len(ids), -1)
         deepstack = [layer.flatten(0, 1) for layer in tokens.deepstack] if self.deepstack else []
         hidden = self.language_model(
             inputs_embeds=embeds,
-            attention_mask=mask,
+            attention_mask=causal(mask) if self.language_model.config._attn_implementation == "sdpa" else mask,
             position_ids=positions,
-            visual_pos_masks=is_image if deepstack else None,
+            visual_pos_masks=rows if deepstack else None,
             deepstack_visual_embeds=deepstack or None,
             use_cache=False,
         ).last_hidden_state
@@ -223,7 +245,7 @@ class VLM4VLA(Policy):
         encoded = self.tokenizer(
             texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
         )
-        return encoded["input_ids"].to(device), encoded["attention_mask"].to(device)
+        return sent(encoded["input_ids"], device), sent(encoded["attention_mask"], device)
 
     def loss(self, batch: dict, visual: dict[str, VisualTokens]) -> dict[str, Tensor]:
         """Huber(δ) over valid steps × 6 motion dims + gripper_weight · BCE over valid steps (§3.5)."""

@@ -89,8 +89,7 @@ def _ways(policy: StringPolicy, model: TextModel) -> dict[str, Callable[[Prefix]
 
 @torch.inference_mode()
 def _rows(policy: StringPolicy, batch: dict, repeats: int) -> list[dict]:
-    model, space = speaker(policy)
-    texts = [text + space for text in policy.prompts(model, batch["instruction"])]
+    model, prompts = policy.prompts(batch["instruction"])
     ways = _ways(policy, model)
     said = {}
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
@@ -98,7 +97,7 @@ def _rows(policy: StringPolicy, batch: dict, repeats: int) -> list[dict]:
     for _ in range(repeats + 2):
         for name, way in ways.items():
             start = time.perf_counter()
-            prefix = model.read(policy.seen_by(policy.encode_images(policy.prepare(batch["images"]))), texts)
+            prefix = model.read_ids(policy.seen_by(policy.encode_images(policy.prepare(batch["images"]))), prompts)
             prefix.hidden.sum().item()  # until here, on a GPU too
             counter = model.model.layers[0].mlp.act_fn.register_forward_hook(partial(_count, passes, name))
             read = time.perf_counter()
@@ -107,7 +106,7 @@ def _rows(policy: StringPolicy, batch: dict, repeats: int) -> list[dict]:
             counter.remove()
     rows = []
     for name, times in seconds.items():
-        row = {"batch": len(texts), "way": name, "passes": passes[name] // (repeats + 2)}
+        row = {"batch": len(prompts), "way": name, "passes": passes[name] // (repeats + 2)}
         row["same"] = said[name] == said[name.replace("fast", "plain").replace("static", "plain")]
         for column, part in (("decode", 0), ("action", 1)):
             values = [1000 * pair[part] for pair in times[2:]]

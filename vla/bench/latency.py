@@ -1,10 +1,13 @@
 """Milliseconds from an observation to an action chunk, for each baseline and size, random weights, batch 1.
 
-Weights do not change the time, so nothing is downloaded; a model that the device cannot hold is said to be unmeasured.
+Beside it, in turns with it, the same model and weights acting the straightforward way (STRAIGHTFORWARD), which is its
+reference's and transformers', and compiled (vla/compiled.py) where that is asked for. Weights do not change the time,
+so nothing is downloaded; a model that the device cannot hold is said to be unmeasured.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import platform
@@ -18,19 +21,31 @@ from rich.table import Table
 from data.normalization import ActionStatistics
 from vla.build import build_policy
 from vla.cli import compose_config
+from vla.compiled import compile_policy
+from vla.flops import FlopCounter, measured_bandwidth, measured_rate
 from vla.policy import Policy
 from vla.policy_configs import POLICIES
 from vla.training import policy_arguments
 
 STATE = 8  # LIBERO's proprioception
 MARGIN = 1.15  # of the weights' size: activations, caches, what building a model needs on top
+STRAIGHTFORWARD = {
+    "flower": "Euler steps of the whole flow transformer",
+    "openvla": "transformers' decoder, token by token",
+    "pi0": "the loop of transformers' sample_actions",
+}
+LIMIT = 0.67
+"""Of the straightforward way's time, for the two that sample a flow."""
 
 
-def measure(baselines: list[str], sizes: list[str], device: str, dtype: str, repeats: int) -> dict:
+def measure(
+    baselines: list[str], sizes: list[str], device: str, dtype: str, repeats: int, compiled: bool = False
+) -> dict:
     """Median, fastest and slowest of `repeats` calls of `predict` after two that do not count.
 
     Args:
         dtype: float32 or bfloat16, of the weights.
+        compiled: measure a compiled policy too.
     """
     rows = []
     with Progress(transient=True) as progress:
@@ -38,12 +53,13 @@ def measure(baselines: list[str], sizes: list[str], device: str, dtype: str, rep
         for baseline in baselines:
             for size in sizes:
                 progress.update(task, description=f"{baseline} {size}")
-                rows.append({"baseline": baseline, "size": size} | _row(baseline, size, device, dtype, repeats))
+                measured = _row(baseline, size, device, dtype, repeats, compiled)
+                rows.append({"baseline": baseline, "size": size} | measured)
                 progress.advance(task)
     return {"bench": "latency", "device": describe(device), "dtype": dtype, "repeats": repeats, "rows": rows}
 
 
-def _row(baseline: str, size: str, device: str, dtype: str, repeats: int) -> dict:
+def _row(baseline: str, size: str, device: str, dtype: str, repeats: int, compiled: bool) -> dict:
     with torch.device("meta"):
         sketch, cfg = random_policy(baseline, size)
     parameters = sum(p.numel() for p in sketch.parameters())
@@ -59,14 +75,38 @@ def _row(baseline: str, size: str, device: str, dtype: str, repeats: int) -> dic
     finally:
         torch.set_default_dtype(previous)
     policy = policy.eval().to(device)
-    seconds = time_predict(policy, observation(cfg.cameras, cfg.benchmark.resolution, device), repeats)
-    del policy
+    sample, ways = observation(cfg.cameras, cfg.benchmark.resolution, device), {"own": policy}
+    if baseline in STRAIGHTFORWARD:
+        ways["straightforward"] = copy.copy(policy)
+        ways["straightforward"].fast = False
+    if compiled:
+        ways["compiled"] = compile_policy(copy.copy(policy), device, cfg.benchmark.resolution)
+    seconds = time_in_turns(ways, sample, repeats)
+    facts["limit_ms"] = 1000 * limit(policy, sample, device, getattr(torch, dtype))
+    del policy, ways
     gc.collect()
-    milliseconds = [1000 * value for value in seconds]
-    return facts | {
-        "ms_per_chunk": statistics.median(milliseconds),
-        "fastest": min(milliseconds),
-        "slowest": max(milliseconds),
+    own = [1000 * value for value in seconds["own"]]
+    facts |= {"ms_per_chunk": statistics.median(own), "fastest": min(own), "slowest": max(own)}
+    for way in seconds.keys() - {"own"}:
+        facts[f"{way}_ms"] = 1000 * statistics.median(seconds[way])
+    return facts | {f"{way}_ratio": ratio for way, ratio in _ratios(seconds).items()}
+
+
+def limit(policy: Policy, sample: dict, device: str, dtype: torch.dtype) -> float:
+    """Seconds below which no call can be here: its FLOPs, or one reading of its weights, at the measured rates."""
+    with FlopCounter() as counter, torch.inference_mode():
+        policy.predict(sample)
+    weights = sum(parameter.nbytes for parameter in policy.parameters())
+    return max(counter.total / measured_rate(device, dtype), weights / measured_bandwidth(device))
+
+
+def _ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Medians over the turns of each way's time over the straightforward one's."""
+    plain = seconds.get("straightforward")
+    return {
+        way: statistics.median(a / b for a, b in zip(times, plain, strict=True))
+        for way, times in seconds.items()
+        if plain and times is not plain
     }
 
 
@@ -93,14 +133,20 @@ def observation(cameras: list[str], resolution: int, device: str) -> dict:
     }
 
 
-@torch.inference_mode()
 def time_predict(policy: Policy, observation: dict, repeats: int) -> list[float]:
-    seconds = []
+    return time_in_turns({"own": policy}, observation, repeats)["own"]
+
+
+@torch.inference_mode()
+def time_in_turns(policies: dict[str, Policy], observation: dict, repeats: int) -> dict[str, list[float]]:
+    """Seconds of `repeats` calls of each, one after the other, so that what disturbs one disturbs all."""
+    seconds: dict[str, list[float]] = {name: [] for name in policies}
     for _ in range(repeats + 2):
-        start = time.perf_counter()
-        policy.predict(observation).cpu()  # to the host: the time includes what is queued on a GPU
-        seconds.append(time.perf_counter() - start)
-    return seconds[2:]
+        for name, policy in policies.items():
+            start = time.perf_counter()
+            policy.predict(observation).cpu()  # to the host: the time includes what is queued on a GPU
+            seconds[name].append(time.perf_counter() - start)
+    return {name: times[2:] for name, times in seconds.items()}
 
 
 def free_bytes(device: str) -> int:
@@ -117,19 +163,38 @@ def describe(device: str) -> str:
 
 def show(result: dict) -> Table:
     title = f"predict, batch 1, {result['dtype']}, random weights; {result['device']}; {result['repeats']} calls each"
-    table = Table(title=title, title_justify="left")
+    caption = "\n".join(
+        [f"ratio: time over the straightforward way's, in turns; at most {LIMIT} for flower and pi0"]
+        + ["limit: ms that its FLOPs, or one reading of its weights, take at the rates measured on this device"]
+        + [f"{baseline}: {way}" for baseline, way in STRAIGHTFORWARD.items()]
+    )
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for column in ("baseline", "size"):
         table.add_column(column)
-    for column in ("parameters", "cameras", "chunk", "ms per chunk (median)", "range", "ms per action"):
+    columns = ("parameters", "cameras", "chunk", "ms per chunk (median)", "range", "ms per action")
+    columns += ("straightforward", "ratio", "compiled", "ratio", "limit")
+    for column in columns:
         table.add_column(column, justify="right")
     for row in result["rows"]:
         start = (row["baseline"], row["size"], _count(row["parameters"]), str(row["cameras"]), str(row["chunk"]))
         if reason := row.get("unmeasured"):
-            table.add_row(*start, "unmeasured", reason, "")
+            table.add_row(*start, "unmeasured", reason)
             continue
+
+        def told(name: str, digits: int, row=row) -> str:
+            return f"{row[name]:.{digits}f}" if name in row else "–"
+
         median = row["ms_per_chunk"]
         table.add_row(
-            *start, f"{median:.1f}", f"{row['fastest']:.1f}–{row['slowest']:.1f}", f"{median / row['chunk']:.1f}"
+            *start,
+            f"{median:.1f}",
+            f"{row['fastest']:.1f}–{row['slowest']:.1f}",
+            f"{median / row['chunk']:.1f}",
+            told("straightforward_ms", 1),
+            told("own_ratio", 2),
+            told("compiled_ms", 1),
+            told("compiled_ratio", 2),
+            told("limit_ms", 1),
         )
     return table
 
