@@ -1,7 +1,7 @@
 """The frame store: the one format that training reads, whatever format the data came in.
 
 A store is a folder:
-    meta.json             version, cameras, statistics, source, reader options, a hash of the content
+    meta.json             version, cameras, statistics, source, reader options, hashes of the content and of each file
     episodes.parquet      one row per recording: source, start, length
     windows.parquet       one row per stretch that an instruction describes: instruction, task, start, length, episode
     shard-*.arrow         Arrow IPC files, one record batch each: per camera one frame per row (raw bytes of fixed size,
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,8 @@ class StoreMeta:
     statistics: dict
     reader: dict
     skipped: list[str]  # what could not be read, where that was allowed
-    content_hash: str
+    content_hash: str  # of what was read, whatever the encoding and the number of processes
+    files: dict[str, str] = field(default_factory=dict)  # name -> sha256; scripts/check_data.py compares them
 
 
 class FrameStore:
@@ -118,8 +119,12 @@ class FrameStore:
     def frames(self, camera: str, steps: np.ndarray) -> np.ndarray:
         """Frames at `steps` (any order, repeats allowed): uint8 (len(steps), H, W, 3)."""
         steps = np.asarray(steps)
-        out = np.empty((len(steps), *self.meta.cameras[camera]), dtype=np.uint8)
+        if self.meta.encoding == "raw" and len(self._chunks[camera]) == 1:
+            return self._chunks[camera][0].take(steps, axis=0)
         chunk_of = np.searchsorted(self._starts, steps, side="right") - 1
+        if self.meta.encoding == "raw" and len(steps) and (chunk_of == chunk_of[0]).all():  # in one call
+            return self._chunks[camera][chunk_of[0]].take(steps - self._starts[chunk_of[0]], axis=0)
+        out = np.empty((len(steps), *self.meta.cameras[camera]), dtype=np.uint8)
         for row, (chunk, step) in enumerate(zip(chunk_of, steps, strict=True)):
             frame = self._chunks[camera][chunk][step - self._starts[chunk]]
             out[row] = frame if self.meta.encoding == "raw" else Image.open(io.BytesIO(frame.as_py()))

@@ -39,6 +39,7 @@ from typing import Any
 import numpy as np
 
 from data.episode import Episode, Window
+from data.inside import inside
 from data.lerobot_meta import ACTION_FEATURES, PARQUET_DAMAGE, STATE_FEATURES, EpisodeRow, LeRobotSet
 from data.libero import ROTATIONS, orient
 from vla.errors import UserError
@@ -251,7 +252,7 @@ def decode_image(stored: dict | None, root: Path, where: str) -> np.ndarray:
     from PIL import Image
 
     try:
-        content = stored["bytes"] if stored["bytes"] is not None else (root / stored["path"]).read_bytes()
+        content = stored["bytes"] if stored["bytes"] is not None else inside(root, stored["path"], where).read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, TypeError, KeyError, SyntaxError, zlib.error, struct.error) as error:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from data.inside import inside
 from vla.errors import UserError
 
 CAMERA_FEATURES = {
@@ -132,7 +133,13 @@ class LeRobotSet:
 
     def _row(self, row: dict) -> EpisodeRow:
         def place(template: str, of: str, **more: str) -> str:
-            return template.format(chunk_index=row[f"{of}/chunk_index"], file_index=row[f"{of}/file_index"], **more)
+            chunk, file = int(row[f"{of}/chunk_index"]), int(row[f"{of}/file_index"])
+            try:
+                name = template.format(chunk_index=chunk, file_index=file, **more)
+            except (KeyError, IndexError, AttributeError, ValueError) as error:
+                raise UserError(f"{self.path}/meta/info.json: {template!r} names no file ({error!r})") from error
+            inside(self.path, name, f"{self.path}/meta/info.json")
+            return name
 
         films = [name for name in self.image_features if self.features[name]["dtype"] == "video"]
         return EpisodeRow(

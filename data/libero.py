@@ -63,7 +63,11 @@ def instruction_of(task: str) -> str:
 
 
 def read_libero(
-    path: Path, cameras: tuple[str, ...], image_rotation: str = "rotate180", pairing: str = "aligned"
+    path: Path,
+    cameras: tuple[str, ...],
+    image_rotation: str = "rotate180",
+    pairing: str = "aligned",
+    skipped: list[str] | None = None,
 ) -> Iterator[Episode]:
     """Every demonstration of a file, or of all `*.hdf5` of a folder, in file and demonstration order.
 
@@ -72,6 +76,7 @@ def read_libero(
         image_rotation: see `orient`.
         pairing: "aligned" pairs obs[t] with actions[t + 1], the action chosen on seeing it, and drops the last
             observation; "official" pairs obs[t] with actions[t], as most published training code does.
+        skipped: where given, a demonstration that cannot be read is named there and left out.
 
     Yields:
         Episodes whose state is 8 numbers: end-effector position (m), axis-angle (rad), two finger positions (m). A
@@ -86,7 +91,7 @@ def read_libero(
     if unknown := set(cameras) - set(CAMERA_KEYS):
         raise UserError(f"unknown LIBERO cameras {sorted(unknown)}: choose from {', '.join(CAMERA_KEYS)}")
     for file in _files(path):
-        yield from _read_file(file, cameras, image_rotation, pairing)
+        yield from _read_file(file, cameras, image_rotation, pairing, skipped)
 
 
 def _files(path: Path) -> list[Path]:
@@ -101,7 +106,9 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _read_file(file: Path, cameras: tuple[str, ...], image_rotation: str, pairing: str) -> Iterator[Episode]:
+def _read_file(
+    file: Path, cameras: tuple[str, ...], image_rotation: str, pairing: str, skipped: list[str] | None
+) -> Iterator[Episode]:
     import h5py
 
     with _reading(file), h5py.File(file, "r") as opened:
@@ -110,10 +117,16 @@ def _read_file(file: Path, cameras: tuple[str, ...], image_rotation: str, pairin
         instruction = instruction_of(task) if file.name.endswith(FILE_SUFFIX) else _scene_instruction(opened, file)
     for name in names:
         source = f"{file.name}:{name}"
-        with _reading(f"{file}:{name}"), h5py.File(file, "r") as opened:
-            actions, state, frames = _read_demo(opened["data"][name], cameras, f"{file}:{name}")
-            valid = opened["data"][name].get("obs/frame_valid")
-            valid = None if valid is None else valid[()].astype(bool)
+        try:
+            with _reading(f"{file}:{name}"), h5py.File(file, "r") as opened:
+                actions, state, frames = _read_demo(opened["data"][name], cameras, f"{file}:{name}")
+                valid = opened["data"][name].get("obs/frame_valid")
+                valid = None if valid is None else valid[()].astype(bool)
+        except UserError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+            continue
         if pairing == "aligned":
             actions, state = actions[1:], state[:-1]
             frames = {camera: frame[:-1] for camera, frame in frames.items()}
@@ -129,6 +142,8 @@ def _read_demo(demo, cameras: tuple[str, ...], where: str) -> tuple[np.ndarray, 
     for key, shape in shapes.items():
         if key not in demo:
             raise UserError(f"{where}: has no dataset {key!r}: not LIBERO's official layout, or not collected with it")
+        if demo[key].file.filename != demo.file.filename or demo[key].external or demo[key].is_virtual:
+            raise UserError(f"{where}: {key} lies in another file, which a download must not reach for")
         arrays[key] = demo[key][()]
         actual = arrays[key].shape[1:]
         if len(actual) != len(shape) or any(want not in (None, got) for want, got in zip(shape, actual, strict=True)):

@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image
 
 from data.episode import Episode, Window
+from data.inside import inside
 from data.noops import without_noops
 from data.oxe import DataSet, data_set
 from data.tfrecord import Values, parse_example, read_records
@@ -86,8 +87,9 @@ def rlds_parts(
     kind = data_set((name, folder.resolve().parent.name), str(folder))
     needed = _needed(kind, cameras, features_of(folder / "features.json"), folder)
     files = [f"{name}-{split}.tfrecord-{i:05d}-of-{len(lengths[split]):05d}" for i in range(len(lengths[split]))]
+    choices = tuple(cameras), drop_noops, instructions
     return [
-        RldsShard(folder / file, length, kind, needed, tuple(cameras), drop_noops, instructions)
+        RldsShard(inside(folder, file, f"{folder}/dataset_info.json"), length, kind, needed, *choices)
         for file, length in zip(files, lengths[split], strict=True)
     ]
 

@@ -2,11 +2,16 @@
 
 Position p is in epoch p // N, and an epoch is a permutation of the N steps drawn from (seed, epoch). Nothing is
 remembered between batches; a run that goes on at optimiser step s starts its sampler at position s · batch.
+
+An optimiser step's batch is cut into world · accumulate parts of consecutive positions, part m · world + r for rank r's
+m-th backward pass: whatever the number of processes, a step sees the same samples.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -27,19 +32,46 @@ def sample_at(positions: np.ndarray, length: int, seed: int) -> np.ndarray:
     return np.concatenate([_permutation(length, seed, e)[within[epochs == e]] for e in np.unique(epochs)])
 
 
-class StatelessBatches(Sampler[np.ndarray]):
-    """Endless batches of sample indices for one rank, from optimiser step `first_step` on."""
+@dataclass(frozen=True)
+class Share:
+    """Which parts of every optimiser step's batch are one process's: `rank` of `world`, in `accumulate` passes."""
 
-    def __init__(self, length: int, batch_size: int, seed: int, first_step: int = 0, rank: int = 0, world: int = 1):
+    rank: int = 0
+    world: int = 1
+    accumulate: int = 1
+
+    @property
+    def parts(self) -> int:
+        return self.world * self.accumulate
+
+    def positions(self, first_step: int, batch_size: int) -> Iterator[np.ndarray]:
+        """The positions of each part in turn, endlessly; `batch_size`, of all parts, is a multiple of their number."""
+        size = batch_size // self.parts
+        for step in itertools.count(first_step):
+            for part in range(self.rank, self.parts, self.world):
+                start = step * batch_size + part * size
+                yield np.arange(start, start + size)
+
+
+class StatelessBatches(Sampler[np.ndarray]):
+    """Endless batches of sample indices for one process, from optimiser step `first_step` on.
+
+    Args:
+        batch_size: samples of an optimiser step, over all its parts.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, first_step: int = 0, share: Share = Share()):
         self.length, self.batch_size, self.seed = length, batch_size, seed
-        self.first_step, self.rank, self.world = first_step, rank, world
+        self.first_step, self.share = first_step, share
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        step = self.first_step
-        while True:
-            start = (step * self.world + self.rank) * self.batch_size
-            yield sample_at(np.arange(start, start + self.batch_size), self.length, self.seed)
-            step += 1
+        for positions in self.share.positions(self.first_step, self.batch_size):
+            yield sample_at(positions, self.length, self.seed)
+
+    def whole(self, step: int) -> np.ndarray:
+        """The sample indices of all parts of a step."""
+        start = step * self.batch_size
+        return sample_at(np.arange(start, start + self.batch_size), self.length, self.seed)
 
 
 class PairDataset(Dataset):
@@ -75,14 +107,13 @@ class PairDataset(Dataset):
         return len(self.steps)
 
     def __getitems__(self, indices: np.ndarray) -> dict:
-        store, indices = self.store, np.asarray(indices)
+        indices = np.asarray(indices)
         steps, windows = self.steps[indices], self.windows[indices]
         batch = {"images": {camera: self._images(camera, steps) for camera in self.cameras}}
         if self.pairs is not None:
-            wanted = steps + self.chunk
-            future = store.last_frame[np.minimum(wanted, store.last_step[steps])]
+            future, valid = self._future(steps)
             batch["future_images"] = {camera: self._images(camera, future) for camera in self.cameras}
-            batch["future_valid"] = torch.from_numpy(future == wanted)
+            batch["future_valid"] = torch.from_numpy(valid)
         if self.pairs == "shared":
             steps, windows = np.concatenate([steps, future]), np.concatenate([windows, windows])
         return batch | self._targets(steps, windows)
@@ -90,6 +121,23 @@ class PairDataset(Dataset):
     def targets(self, indices: np.ndarray) -> dict:
         """A batch without its images."""
         return self._targets(self.steps[indices], self.windows[indices])
+
+    def valid(self, indices: np.ndarray) -> tuple[int, int]:
+        """(action steps, pairs) that are valid in a batch of `indices`: what its losses are means over."""
+        steps, windows, pairs = self.steps[indices], self.windows[indices], 0
+        if self.pairs is not None:
+            future, valid = self._future(steps)
+            pairs = int(valid.sum())
+        if self.pairs == "shared":
+            steps, windows = np.concatenate([steps, future]), np.concatenate([windows, windows])
+        left = self.store.window_last[windows] - steps + 1
+        return int(left.clip(0, self.chunk).sum()), pairs
+
+    def _future(self, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The step of o_{t+H}, or of the latest frame before it, and which of them are o_{t+H}."""
+        wanted = steps + self.chunk
+        future = self.store.last_frame[np.minimum(wanted, self.store.last_step[steps])]
+        return future, future == wanted
 
     def _targets(self, steps: np.ndarray, windows: np.ndarray) -> dict:
         store = self.store

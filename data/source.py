@@ -73,7 +73,7 @@ def open_source(
 
     def place(of: list[str]) -> Path:
         facts = source.options | {"cameras": list(of), "encoding": data.encoding, "version": VERSION}
-        return stores_root() / f"{path.resolve().name}-{fingerprint(source.files, facts)}"
+        return stores_root() / f"{path.resolve().name}-{fingerprint(source.files, facts, data.bad_files == 'skip')}"
 
     whole, wanted = list(benchmark.cameras), list(cameras or benchmark.cameras)
     if out is None:
@@ -231,10 +231,12 @@ def instructions_of(benchmark: BenchmarkConfig) -> tuple[str, ...] | None:
     return None if tasks is None else tuple(instruction_of(task) for task in tasks)
 
 
-def fingerprint(files: list[Path], options: dict) -> str:
-    if missing := [file for file in files if not file.exists()]:
+def fingerprint(files: list[Path], options: dict, skip: bool = False) -> str:
+    """What tells one conversion from another; UserError where a file is missing, unless that may be skipped."""
+    missing = [file for file in files if not file.exists()]
+    if missing and not skip:
         raise UserError(f"{missing[0]} is missing; set data.path to the folder that holds it")
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file not in missing]
     return hashlib.sha256(json.dumps([facts, options], sort_keys=True).encode()).hexdigest()[:10]
 
 
@@ -256,5 +258,5 @@ class LiberoFile:
         from data.libero import read_libero
         from data.noops import without_noops
 
-        episodes = read_libero(self.path, self.cameras, image_rotation=self.image_rotation, pairing=self.pairing)
+        episodes = read_libero(self.path, self.cameras, self.image_rotation, self.pairing, skipped)
         return map(without_noops, episodes) if self.drop_noops else episodes

@@ -7,7 +7,6 @@ result does not depend on how many processes worked at it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -15,7 +14,6 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,6 +29,7 @@ from data.episode import Episode
 from data.frame_store import VERSION, StoreMeta
 from data.statistics import ActionStatistics
 from vla.errors import UserError
+from vla.files import lock, sha256
 
 SHARD_BYTES = 256 * 2**20
 ENCODINGS = ("raw", "jpeg")
@@ -87,8 +86,9 @@ def convert(
     workers = workers or (len(os.sched_getaffinity(0)) if len(units) > FEW else 1)
     partial = out.with_name(f".{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with _locked(partial):
-        plan = json.dumps({"units": [u.name for u in units], "reader": reader, "encoding": encoding, "skip": skip})
+    with lock(partial, by="process"):
+        plan = {"units": [u.name for u in units], "reader": reader, "encoding": encoding, "skip": skip, "hashed": True}
+        plan = json.dumps(plan)
         if not (partial / "plan.json").exists() or (partial / "plan.json").read_text() != plan:
             _clear(partial)
             (partial / "plan.json").write_text(plan)
@@ -141,6 +141,7 @@ def _write_unit(
 ) -> None:
     """The shards of one unit, and last its JSON: rows with starts counted from the unit's own beginning."""
     rows, windows, digest, start, frames = [], [], hashlib.sha256(), 0, 0
+    files: dict[str, str] = {}
     pending: list[pa.Table] = []
     pending_bytes, shard = 0, 0
     shapes: dict[str, list[int]] | None = None
@@ -155,10 +156,8 @@ def _write_unit(
         if episode.frame_valid is not None and not episode.frame_valid[0]:
             raise UserError(f"{episode.source} has no frame at its first step; collect it again")
         table = _episode_table(episode, encoding)
-        for array in (episode.actions, episode.state, *episode.frames.values()):
-            digest.update(np.ascontiguousarray(array).tobytes())
+        add_content(digest, episode, start)
         for window in episode.described():
-            digest.update(f"{window.instruction}/{start + window.start}/{window.length}".encode())
             windows.append(asdict(window) | {"start": start + window.start, "episode": len(rows)})
         length = len(episode.actions)
         frames += length if episode.frame_valid is None else int(episode.frame_valid.sum())
@@ -167,13 +166,13 @@ def _write_unit(
         pending.append(table)
         pending_bytes += table.nbytes
         if pending_bytes >= SHARD_BYTES:
-            _write_shard(folder / f"shard-{index:05d}-{shard:03d}.arrow", pending)
+            files |= _write_shard(folder / f"shard-{index:05d}-{shard:03d}.arrow", pending)
             pending, pending_bytes, shard = [], 0, shard + 1
     if pending:
-        _write_shard(folder / f"shard-{index:05d}-{shard:03d}.arrow", pending)
+        files |= _write_shard(folder / f"shard-{index:05d}-{shard:03d}.arrow", pending)
     done = dict(
         episodes=rows, windows=windows, steps=start, frames=frames, cameras=shapes, state_dim=state_dim,
-        digest=digest.hexdigest(), skipped=skipped or [],
+        digest=digest.hexdigest(), files=files, skipped=skipped or [],
     )  # fmt: skip
     _write_json(folder / _unit_file(index), done)
 
@@ -195,6 +194,9 @@ def _finish(partial: Path, out: Path, count: int, reader: dict, encoding: str) -
         rows += [row | {"start": start + row["start"]} for row in unit["episodes"]]
         start += unit["steps"]
     actions, states = _low_dimensional(partial)
+    pq.write_table(pa.Table.from_pylist(rows), partial / "episodes.parquet")
+    pq.write_table(pa.Table.from_pylist(windows), partial / "windows.parquet")
+    files = {name: digest for unit in filled for name, digest in unit["files"].items()}
     meta = StoreMeta(
         version=VERSION,
         encoding=encoding,
@@ -207,10 +209,9 @@ def _finish(partial: Path, out: Path, count: int, reader: dict, encoding: str) -
         statistics=ActionStatistics.of(actions, states).to_dict(),
         reader=reader,
         skipped=skipped,
-        content_hash=hashlib.sha256("".join(unit["digest"] for unit in filled).encode()).hexdigest(),
+        content_hash=joint_hash([unit["digest"] for unit in filled]),
+        files=files | {name: sha256(partial / name) for name in ("episodes.parquet", "windows.parquet")},
     )
-    pq.write_table(pa.Table.from_pylist(rows), partial / "episodes.parquet")
-    pq.write_table(pa.Table.from_pylist(windows), partial / "windows.parquet")
     for file in (*partial.glob("unit-*.json"), partial / "plan.json", partial / ".lock"):
         file.unlink(missing_ok=True)
     _write_json(partial / "meta.json", asdict(meta))
@@ -218,6 +219,19 @@ def _finish(partial: Path, out: Path, count: int, reader: dict, encoding: str) -
         shutil.rmtree(out)
     os.replace(partial, out)
     return meta
+
+
+def add_content(digest: hashlib._Hash, episode: Episode, start: int) -> None:
+    """Take an episode that begins at step `start` of its unit into the unit's hash."""
+    for array in (episode.actions, episode.state, *episode.frames.values()):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    for window in episode.described():
+        digest.update(f"{window.instruction}/{start + window.start}/{window.length}".encode())
+
+
+def joint_hash(units: list[str]) -> str:
+    """A store's content hash, of those of its units that hold a step."""
+    return hashlib.sha256("".join(units).encode()).hexdigest()
 
 
 def _low_dimensional(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -249,10 +263,12 @@ def _episode_table(episode: Episode, encoding: str) -> pa.Table:
     return pa.table(columns)
 
 
-def _write_shard(path: Path, tables: list[pa.Table]) -> None:
+def _write_shard(path: Path, tables: list[pa.Table]) -> dict[str, str]:
+    """Write the file; {its name: its hash}."""
     table = pa.concat_tables(tables).combine_chunks()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
+    return {path.name: sha256(path)}
 
 
 def _encode_jpeg(frame: np.ndarray) -> bytes:
@@ -284,16 +300,6 @@ def _write_json(path: Path, content: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder} is being written by another process; wait for it") from None
-        yield
 
 
 def _clear(folder: Path) -> None:

@@ -8,7 +8,7 @@ Two forms, told by what is there:
 Of a conversation the first question and its answer are read, without the mark `<image>`, in lower case as in the public
 code. Rows without a picture or an answer are left out and counted.
 
-    mixture = Mixture({"llava": open_set("llava/chat.json", "llava/images")}, size=224, seed=0)
+    mixture = Mixture([open_set("llava/chat.json", "llava/images")], size=224, seed=0, batch=16, by_length=8)
     mixture.batch(np.arange(64, 80))       # examples 64 to 79 of an endless order: a function of these and the seed
 """
 
@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +25,11 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from rich.progress import track
+from torch.utils.data import Dataset
 
-from data.sampler import sample_at
+from data.inside import inside
+from data.sampler import PairDataset, StatelessBatches, sample_at
+from vla.config import CoTrainConfig
 from vla.errors import UserError
 
 MARK = "<image>"
@@ -107,7 +110,7 @@ def _of_json(name: str, path: Path, images: str | Path | None) -> VLSet:
         raise UserError(f"{path} is damaged ({error}); download it again") from error
     if not isinstance(rows, list):
         raise UserError(f"{path} is not a list of conversations")
-    root, texts, files, left_out = Path(images).resolve(), [], [], 0
+    root, texts, files, left_out = Path(images), [], [], 0
     for row in rows:
         exchange = first_exchange(row.get("conversations")) if isinstance(row, dict) else None
         if exchange is None or not isinstance(row.get("image"), str):
@@ -117,10 +120,7 @@ def _of_json(name: str, path: Path, images: str | Path | None) -> VLSet:
         files.append(row["image"])
 
     def picture(index: int) -> bytes:
-        file = (root / files[index]).resolve()
-        if not file.is_relative_to(root):
-            raise UserError(f"{path} names a picture outside {root}: {files[index]}")
-        return file.read_bytes()
+        return inside(root, files[index], str(path)).read_bytes()
 
     return VLSet(name, texts, picture, left_out)
 
@@ -177,30 +177,60 @@ def _columns(file: Path, names: list[str]) -> tuple[str, str]:
 
 
 def _parsed(conversation: object) -> object:
-    return json.loads(conversation) if isinstance(conversation, str) else conversation
+    """A conversation that some sets keep as JSON; None where it is none, so that the row counts as left out."""
+    if not isinstance(conversation, str):
+        return conversation
+    try:
+        return json.loads(conversation)
+    except json.JSONDecodeError:
+        return None
 
 
 class Mixture:
-    """An endless stream of examples, evenly from all sets: example n is a function of n and the seed alone.
+    """An endless stream of examples, evenly from all sets: example n is a function of n and the arguments alone.
+
+    A batch's texts are padded to its longest, and captions stand beside essays. So the examples that `by_length`
+    batches draw are dealt among them by length, the short ones of all sets to one batch; the batches come in random
+    order.
 
     Args:
         sets: those of a composition, in its order.
         size: side of the pictures in pixels.
+        batch: examples of an optimiser step.
+        by_length: batches among which examples are dealt by length; 1 leaves them as drawn.
     """
 
-    def __init__(self, sets: list[VLSet], size: int, seed: int):
+    def __init__(self, sets: list[VLSet], size: int, seed: int, batch: int = 1, by_length: int = 1):
         if not sets:
             raise UserError("cotrain.use names no vision-language set; name one, or train without ablation=cotrain")
-        self.sets, self.size, self.seed = sets, size, seed
+        if by_length < 1:
+            raise UserError(f"cotrain.by_length={by_length} is no number of batches; 1 leaves examples as drawn")
+        self.sets, self.size, self.seed, self.by_length = sets, size, seed, by_length
+        self.per_batch = -(-batch // len(sets))
+        self._lengths = [np.array([len(q) + len(a) for q, a in of.texts]) for of in sets]
 
     def places(self, numbers: np.ndarray) -> list[tuple[VLSet, int]]:
         """Which set, and which example of it, each number (ascending) of the stream is: the sets take turns."""
         turns, which = np.divmod(numbers, len(self.sets))
         examples = np.empty(len(numbers), dtype=np.int64)
-        for index, chosen in enumerate(self.sets):
-            if (mine := which == index).any():
-                examples[mine] = sample_at(turns[mine], len(chosen), self.seed + index)
+        for index in np.unique(which):
+            mine = which == index
+            deals, within = np.divmod(turns[mine], self.by_length * self.per_batch)
+            examples[mine] = np.concatenate(
+                [self._deal(index, deal)[within[deals == deal]] for deal in np.unique(deals)]
+            )
         return [(self.sets[index], int(example)) for index, example in zip(which, examples, strict=True)]
+
+    def _deal(self, index: int, deal: int) -> np.ndarray:
+        """A set's examples of `by_length` batches, in the order in which they come."""
+        size = self.by_length * self.per_batch
+        drawn = sample_at(np.arange(deal * size, (deal + 1) * size), len(self.sets[index]), self.seed + index)
+        if self.by_length == 1:
+            return drawn
+        drawn = drawn[np.argsort(self._lengths[index][drawn], kind="stable")]
+        # One order for all sets: their short texts belong to the same batch.
+        batches = np.random.default_rng([self.seed, deal]).permutation(self.by_length)
+        return drawn.reshape(self.by_length, self.per_batch)[batches].ravel()
 
     def batch(self, numbers: np.ndarray) -> dict:
         """{"images": uint8 (N, 3, size, size), "question": list of N str, "answer": list of N str}."""
@@ -208,3 +238,45 @@ class Mixture:
         images = torch.from_numpy(np.stack([chosen.image(index, self.size) for chosen, index in places]))
         questions, answers = zip(*(chosen.texts[index] for chosen, index in places), strict=True)
         return {"images": images.permute(0, 3, 1, 2), "question": list(questions), "answer": list(answers)}
+
+
+class CoTrainingDataset(Dataset):
+    """Robot batches with questions in them; indices come from `CoTrainingBatches`."""
+
+    def __init__(self, robot: PairDataset, mixture: Mixture):
+        self.robot, self.mixture = robot, mixture
+
+    def __getitems__(self, indices: tuple[np.ndarray, np.ndarray]) -> dict:
+        steps, examples = indices
+        return self.robot.__getitems__(steps) | {"vl": self.mixture.batch(examples)}
+
+
+class CoTrainingBatches:
+    """(robot steps, numbers of the vision-language stream) of each part of an optimiser step's batch, which has
+    `examples` of the latter: both go on exactly on resume."""
+
+    def __init__(self, robot: StatelessBatches, examples: int):
+        self.robot, self.examples = robot, examples
+
+    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        robot = self.robot
+        return zip(robot, robot.share.positions(robot.first_step, self.examples), strict=True)
+
+
+def open_mixture(cfg: CoTrainConfig, size: int, seed: int, batch: int) -> Mixture | None:
+    """The stream of the sets in use, `batch` examples a step; None where there is no co-training.
+
+    Raises:
+        UserError: an unknown set, or one that cannot be read.
+    """
+    if not cfg.enabled:
+        return None
+    if unknown := set(cfg.use) - set(cfg.sets):
+        raise UserError(f"cotrain.use={sorted(unknown)} is not known; choose among {', '.join(cfg.sets)}")
+    sets = [(name, cfg.sets[name]) for name in cfg.use]
+    if incomplete := [name for name, of in sets if not of.get("annotations")]:
+        raise UserError(
+            f"cotrain.sets.{incomplete[0]} has no annotations; set cotrain.sets.{incomplete[0]}.annotations"
+        )
+    opened = [open_set(of["annotations"], of.get("images"), name) for name, of in sets]
+    return Mixture(opened, size, seed, batch, cfg.by_length)

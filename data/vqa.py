@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from data.inside import inside
 from vla.errors import UserError
 
 POPE_SPLITS = ("random", "popular", "adversarial")
@@ -110,7 +111,7 @@ def textvqa(annotations: Path, images: Path) -> list[Question]:
     return [
         Question(
             id=str(entry.take("question_id")),
-            image=images / f"{entry.take('image_id')}.jpg",
+            image=inside(images, f"{entry.take('image_id')}.jpg", entry.where),
             text=str(entry.take("question")),
             answers=_ten(entry, [str(answer) for answer in entry.take("answers", list)]),
         )
@@ -126,9 +127,8 @@ def pope(annotations: Path, images: Path) -> list[Question]:
             if label not in ("yes", "no"):
                 raise UserError(f"{entry.where} has the label {label!r}, not yes or no; download it again")
             name = f"{split}-{entry.take('question_id')}"
-            questions.append(
-                Question(name, images / str(entry.take("image")), str(entry.take("text")), (label,), split)
-            )
+            picture = inside(images, str(entry.take("image")), entry.where)
+            questions.append(Question(name, picture, str(entry.take("text")), (label,), split))
     return questions
 
 
@@ -140,7 +140,7 @@ def gqa(annotations: Path, images: Path) -> list[Question]:
     return [
         Question(
             id=name,
-            image=images / f"{entry.take('imageId')}.jpg",
+            image=inside(images, f"{entry.take('imageId')}.jpg", entry.where),
             text=str(entry.take("question")),
             answers=(str(entry.take("answer")),),
         )
@@ -158,7 +158,7 @@ def vizwiz(annotations: Path, images: Path) -> list[Question]:
         questions.append(
             Question(
                 id=str(entry.take("image")),
-                image=images / str(entry.take("image")),
+                image=inside(images, str(entry.take("image")), entry.where),
                 text=str(entry.take("question")),
                 answers=_ten(entry, [str(answer.take("answer")) for answer in answers]),
                 group=str(entry.take("answer_type")),
@@ -173,7 +173,7 @@ def vsr(annotations: Path, images: Path) -> list[Question]:
         label = entry.take("label")
         if label not in (0, 1):
             raise UserError(f"{entry.where} has the label {label!r}, not 0 or 1; download it again")
-        picture, caption = images / str(entry.take("image")), str(entry.take("caption"))
+        picture, caption = inside(images, str(entry.take("image")), entry.where), str(entry.take("caption"))
         questions.append(Question(str(number), picture, caption, ("true" if label else "false",)))
     return questions
 

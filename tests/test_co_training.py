@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from data.instructions import Rewording, variants_of
-from data.vision_language import Mixture, open_set
+from data.vision_language import CoTrainingBatches, Mixture, open_set
 from tests.conftest import train_config
 from tests.test_contract import batch_of, build, observation_of
 from tests.vl_files import write_llava, write_onevision
-from train import train
+from train import robot_samples, total_steps, train
 from vla.checkpoint import load_policy
-from vla.co_training import CoTraining, CoTrainingBatches, split
+from vla.cli import compose_config
+from vla.co_training import CoTraining
 from vla.config import AugmentConfig, CoTrainConfig
 from vla.errors import UserError
 from vla.string_policy import speaker
@@ -73,8 +74,8 @@ def test_a_resumed_run_goes_on_in_both_streams(vl, store, tmp_path):
 
     real, made = training.make_trainer, []
 
-    def stopped(cfg, run, first_step, steps):
-        trainer = real(cfg, run, first_step, steps)
+    def stopped(*arguments):
+        trainer = real(*arguments)
         if not made:
             trainer.fit_loop.epoch_loop.max_steps = 2
         made.append(trainer)
@@ -167,23 +168,37 @@ def test_long_examples_are_left_out(store, tmp_path):
     assert nothing == (0, 0)
 
 
+def test_epochs_are_of_the_robot_data():
+    """Of a batch of 48, 24 are questions: an epoch of 240 robot samples takes ten steps, not five."""
+    cfg = compose_config("train", "baseline=openvla", "ablation=cotrain", "batch_size=48", "max_epochs=1")
+    assert robot_samples(cfg) == 24 and total_steps(cfg, 240, robot_samples(cfg)) == 10
+    plain = compose_config("train", "baseline=openvla", "batch_size=48", "max_epochs=1")
+    assert robot_samples(plain) == 48 and total_steps(plain, 240, robot_samples(plain)) == 5
+
+
 def test_bad_shares_and_sets_are_named(store, tmp_path, vl):
-    assert split(48, 0.5) == (24, 24) and split(10, 0.3) == (7, 3)
-    with pytest.raises(UserError, match=r"cotrain\.share=1\.0 of batch_size=8 leaves one kind of data out"):
-        split(8, 1.0)
-    cfg = train_config(store.path, tmp_path, "baseline=openvla", "ablation=cotrain", *vl, "cotrain.use=[llava,mine]")
+    def config(*words: str):
+        return train_config(store.path, tmp_path, "baseline=openvla", "ablation=cotrain", *vl, *words)
+
+    with pytest.raises(UserError, match=r"cotrain\.share=1\.0 of batch_size=4 leaves one kind of data out"):
+        train(config("cotrain.share=1.0"))
+    with pytest.raises(UserError, match=r"batch_size=4 gives 3 robot samples; with data\.pairs=shared"):
+        train(config("cotrain.share=0.25"))
+    with pytest.raises(UserError, match="does not exist; download it"):
+        train(config("cotrain.sets.onevision.annotations=nowhere"))
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match=r"cotrain\.use=\['llava', 'mine'\] is not known; choose among llava_cc3m"):
-        train(cfg)
+        train(config("cotrain.use=[llava,mine]"))
     module, _ = build("openvla", "vanilla", store)
     with pytest.raises(UserError, match=r"needs policy\.speaks=true \(ablation=cotrain sets both\)"):
         CoTraining(module.policy, CoTrainConfig())
 
 
 def test_ranks_divide_the_stream():
-    from data.sampler import StatelessBatches
+    from data.sampler import Share, StatelessBatches
 
     def numbers(rank: int) -> list[list[int]]:
-        batches = CoTrainingBatches(StatelessBatches(50, 4, 0, first_step=3, rank=rank, world=2), 5)
+        batches = CoTrainingBatches(StatelessBatches(50, 8, 0, first_step=3, share=Share(rank, world=2)), 10)
         return [examples.tolist() for _, (_, examples) in zip(range(2), batches, strict=False)]
 
     assert numbers(0) + numbers(1) == [list(range(a, a + 5)) for a in (30, 40, 35, 45)]

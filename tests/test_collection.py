@@ -108,6 +108,7 @@ def test_official_layout(folder):
             assert str(folder) not in demo.attrs["model_file"]
 
 
+@pytest.mark.slow
 @pytest.mark.sim
 def test_what_is_read_is_what_an_attempt_in_this_process_gives(folder):
     episodes = list(read_libero(folder, SETTINGS.cameras, image_rotation="upright"))

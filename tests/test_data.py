@@ -15,7 +15,7 @@ from data.augment import random_brightness, random_shift
 from data.episode import Episode, Window
 from data.frame_store import FrameStore
 from data.normalization import SCHEMES, ActionNormalizer, ActionStatistics
-from data.sampler import PairDataset, StatelessBatches, sample_at, training_loader
+from data.sampler import PairDataset, Share, StatelessBatches, sample_at, training_loader
 from data.store_writer import convert, write_store
 from tests.conftest import make_episodes
 from vla.errors import UserError
@@ -253,7 +253,7 @@ def test_sampler_is_a_function_of_the_position(length, seed, batch, first_step):
 
 def test_ranks_share_the_batch_without_overlap():
     one = next(iter(StatelessBatches(100, 8, 0)))
-    ranks = [next(iter(StatelessBatches(100, 4, 0, rank=r, world=2))) for r in range(2)]
+    ranks = [next(iter(StatelessBatches(100, 8, 0, share=Share(rank=r, world=2)))) for r in range(2)]
     np.testing.assert_array_equal(np.concatenate(ranks), one)
 
 

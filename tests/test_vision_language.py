@@ -7,11 +7,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
 from data.llava_writer import write_llava as write_questions
-from data.vision_language import Mixture, first_exchange, open_set
+from data.vision_language import Mixture, VLSet, first_exchange, open_set
 from tests.vl_files import exchange, picture, write_llava, write_onevision, write_vqasynth
 from vla.errors import UserError
 
@@ -75,7 +76,7 @@ def test_damage_is_named(tmp_path):
     rows = json.loads(chat.read_text())
     rows[0]["image"] = "../secret.png"
     chat.write_text(json.dumps(rows))
-    with pytest.raises(UserError, match="names a picture outside"):
+    with pytest.raises(UserError, match="names a file outside"):
         open_set(chat, images).image(0, 8)
     chat.write_text("[{")
     with pytest.raises(UserError, match="is damaged"):
@@ -101,10 +102,10 @@ def sets(tmp_path_factory):
     ]
 
 
-@given(start=st.integers(0, 500), size=st.integers(1, 40), cut=st.integers(0, 40))
-def test_the_stream_is_a_function_of_the_number_alone(sets, start, size, cut):
+@given(start=st.integers(0, 500), size=st.integers(1, 40), cut=st.integers(0, 40), by_length=st.sampled_from([1, 4]))
+def test_the_stream_is_a_function_of_the_number_alone(sets, start, size, cut, by_length):
     """However it is cut into batches: so a resumed run goes on exactly."""
-    mixture = Mixture(sets, 8, seed=3)
+    mixture = Mixture(sets, 8, seed=3, batch=7, by_length=by_length)
     whole = mixture.places(np.arange(start, start + size))
     cut = min(cut, size)
     parts = mixture.places(np.arange(start, start + cut)) + mixture.places(np.arange(start + cut, start + size))
@@ -116,6 +117,46 @@ def test_sets_take_turns_and_every_example_comes_once_an_epoch(sets):
     assert Counter(chosen.name for chosen, _ in places) == dict.fromkeys([s.name for s in sets], 20)
     of_first = [index for chosen, index in places if chosen is sets[0]]
     assert sorted(of_first[:6]) == sorted(of_first[6:12]) == list(range(6)) and of_first[:6] != of_first[6:12]
+
+
+def of_lengths(name, lengths):
+    """A set of texts of these lengths, without pictures."""
+    return VLSet(name, [("q", "a" * (length - 1)) for length in lengths], lambda index: b"", 0)
+
+
+def read(mixture, batch, count):
+    """Characters that `count` batches have with their padding, over those of their texts."""
+    rows = [
+        [len("".join(s.texts[i])) for s, i in mixture.places(np.arange(n * batch, (n + 1) * batch))]
+        for n in range(count)
+    ]
+    return sum(batch * max(row) for row in rows) / sum(map(sum, rows))
+
+
+@given(batch=st.integers(1, 24), by_length=st.integers(2, 9), of=st.integers(1, 3), seed=st.integers(0, 9))
+def test_dealing_by_length_draws_the_same_examples(batch, by_length, of, seed):
+    """What `by_length` batches hold together is what they would hold as drawn, each set as often."""
+    rng = np.random.default_rng(seed)
+    sets = [of_lengths(str(n), rng.integers(1, 300, 50 + n)) for n in range(of)]
+    numbers = np.arange(by_length * -(-batch // of) * of)
+    dealt, drawn = (
+        Counter((s.name, i) for s, i in Mixture(sets, 8, seed, batch, deal).places(numbers)) for deal in (by_length, 1)
+    )
+    assert dealt == drawn
+
+
+def test_dealing_by_length_saves_padding_and_leaves_no_trend():
+    """Captions beside essays: of a batch as drawn, four fifths are padding."""
+    rng = np.random.default_rng(0)
+    sets = [
+        of_lengths("captions", rng.integers(30, 60, 5000)),
+        of_lengths("talk", rng.lognormal(5, 1, 5000).astype(int)),
+    ]
+    drawn, dealt = (Mixture(sets, 8, 0, 16, by_length) for by_length in (1, 8))
+    assert read(drawn, 16, 200) > 5 and read(dealt, 16, 200) < 0.55 * read(drawn, 16, 200)
+    longest = [max(len(s.texts[i][1]) for s, i in dealt.places(np.arange(n * 16, n * 16 + 16))) for n in range(400)]
+    assert abs(scipy.stats.spearmanr(np.arange(400), longest).statistic) < 0.1
+    assert Counter(s.name for s, _ in dealt.places(np.arange(160, 176))) == {"captions": 8, "talk": 8}
 
 
 def test_a_batch(sets):

@@ -10,15 +10,10 @@ a regression the text's mean cross-entropy is added with `weight`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from data.sampler import PairDataset, StatelessBatches
-from data.vision_language import Mixture, open_set
+from vla.baselines.vlm4vla import VLM4VLA
 from vla.config import CoTrainConfig
 from vla.errors import UserError
 from vla.generation import TextModel
@@ -39,6 +34,10 @@ class CoTraining:
             raise UserError("cotrain.enabled=true needs policy.speaks=true (ablation=cotrain sets both)")
         if cfg.prompt.count("{question}") != 1:
             raise UserError(f"cotrain.prompt must hold {{question}} once; it is {cfg.prompt!r}")
+        if cfg.released_label_mask and isinstance(getattr(policy, "base", policy), VLM4VLA):
+            raise UserError(
+                "cotrain.released_label_mask=true is of plain prompts; vlm4vla's chat has the picture in it"
+            )
         self.cfg = cfg
 
     def loss(self, policy: Policy, batch: dict) -> tuple[Tensor, Tensor]:
@@ -73,51 +72,3 @@ class CoTraining:
         if self.cfg.released_label_mask:
             extra = min(max(0, len(answer.encode()) + 1 - len(said)), shared - 1)
         return whole[: shared - extra], whole[shared - extra : shared] + said, [True] * (extra + len(said))
-
-
-class CoTrainingDataset(Dataset):
-    """Robot batches with questions in them; indices come from `CoTrainingBatches`."""
-
-    def __init__(self, robot: PairDataset, mixture: Mixture):
-        self.robot, self.mixture = robot, mixture
-
-    def __getitems__(self, indices: tuple[np.ndarray, np.ndarray]) -> dict:
-        steps, examples = indices
-        return self.robot.__getitems__(steps) | {"vl": self.mixture.batch(examples)}
-
-
-class CoTrainingBatches:
-    """(robot steps, numbers of the vision-language stream) of each optimiser step: both go on exactly on resume."""
-
-    def __init__(self, robot: StatelessBatches, examples: int):
-        self.robot, self.examples = robot, examples
-
-    def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        robot = self.robot
-        for step, steps in enumerate(robot, start=robot.first_step):
-            start = (step * robot.world + robot.rank) * self.examples
-            yield steps, np.arange(start, start + self.examples)
-
-
-def split(batch_size: int, share: float) -> tuple[int, int]:
-    """(robot samples, vision-language examples) of a batch."""
-    examples = round(batch_size * share)
-    if not 0 < examples < batch_size:
-        raise UserError(f"cotrain.share={share} of batch_size={batch_size} leaves one kind of data out; change either")
-    return batch_size - examples, examples
-
-
-def mixture(cfg: CoTrainConfig, size: int, seed: int) -> Mixture:
-    """The stream of the sets in use.
-
-    Raises:
-        UserError: an unknown set, or one that cannot be read.
-    """
-    if unknown := set(cfg.use) - set(cfg.sets):
-        raise UserError(f"cotrain.use={sorted(unknown)} is not known; choose among {', '.join(cfg.sets)}")
-    sets = [(name, cfg.sets[name]) for name in cfg.use]
-    if incomplete := [name for name, of in sets if not of.get("annotations")]:
-        raise UserError(
-            f"cotrain.sets.{incomplete[0]} has no annotations; set cotrain.sets.{incomplete[0]}.annotations"
-        )
-    return Mixture([open_set(of["annotations"], of.get("images"), name) for name, of in sets], size, seed)
