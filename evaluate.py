@@ -4,13 +4,15 @@
     python evaluate.py --help
 
 Writes results/<benchmark>/<arm>-s<training seed>-<hash>/: one record per episode, from which scripts/tables.py makes
-tables. The same command again runs only what is missing.
+tables. The same command again runs only what is missing. With shard=K shards=N it runs its share of that, beside other
+jobs (envs/shards.py). SIGTERM, SIGUSR1 or SIGUSR2 end it with 75, "run me again".
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +24,9 @@ from vla.experiment import RUN, policy_of_run
 
 @main("evaluate")
 def run(cfg: EvaluateConfig) -> None:
+    from envs.stopping import stop_on_signals
+
+    stop_on_signals()
     evaluate(cfg)
 
 
@@ -29,6 +34,8 @@ def evaluate(cfg: EvaluateConfig) -> dict:
     """Run one evaluation; returns what it wrote as its summary."""
     if cfg.evaluation.name == "rollout":
         return rollout(cfg)
+    if cfg.shard is not None or cfg.shards is not None:
+        raise UserError(f"evaluation={cfg.evaluation.name} cannot be cut; leave shard= and shards= out")
     if cfg.policy.startswith(REPLAY) or cfg.policy in (EXPERT, NOTHING):
         raise UserError(f"evaluation={cfg.evaluation.name} needs a trained policy; {cfg.policy} has no vision encoder")
     others = {"bc_probe": bc_probe, "state_probe": state_probe, "latency": latency, "vqa": vqa, "cifar10": cifar10}
@@ -39,22 +46,39 @@ def rollout(cfg: EvaluateConfig) -> dict:
     """`episodes` rollouts of every task, seeds first_seed … first_seed + episodes − 1 (SimplerEnv: 0 is all)."""
     if cfg.episodes < (0 if cfg.benchmark.family == "simpler" else 1):
         raise UserError(f"episodes={cfg.episodes} runs nothing; give episodes=1 or more")
+    from envs.early import early_workers
+    from envs.shards import shard_of
+
+    shard_of(cfg.shard, cfg.shards)  # before the policy is read
+    with early_workers(cfg, described(cfg)) as early:
+        return rollout_with(cfg, early)
+
+
+def rollout_with(cfg: EvaluateConfig, early: list) -> dict:
     from envs.episodes import execution
 
     policy, about, checkpoint = load(cfg)
     ensemble, steps = execution(cfg, policy)
-    header = identity(cfg, about, checkpoint) | {"evaluation": "rollout"}
+    header = identity(cfg, about, checkpoint) | {"evaluation": "rollout"} | compiled(cfg, policy)
     if cfg.benchmark.family == "simpler":
         header |= {"protocol": cfg.benchmark.suite, "groups": cfg.benchmark.groups}
-    return roll_out(cfg, policy, about, header, ensemble, steps)
+    return roll_out(cfg, policy, about, header, ensemble, steps, early=early)
 
 
 def roll_out(
-    cfg: EvaluateConfig, policy, about: dict, header: dict, ensemble: float | None, steps: int, out: Path | None = None
+    cfg: EvaluateConfig,
+    policy,
+    about: dict,
+    header: dict,
+    ensemble: float | None,
+    steps: int,
+    out: Path | None = None,
+    early: Sequence = (),
 ) -> dict:
     """Run what is missing of the episodes and print the rate; `out` is the folder to put a folder of records into."""
     from envs.episodes import interpreter, simulator
     from envs.rollout import run_rollouts
+    from envs.shards import shard_of
 
     env, env_kwargs, episodes = simulator(cfg, policy, about)
     what = header | env_kwargs | {"execute_steps": steps, "exact": cfg.evaluation.exact, "ensemble": ensemble}
@@ -77,18 +101,38 @@ def roll_out(
         ensemble=ensemble,
         videos=cfg.evaluation.videos,
         python=interpreter(cfg),
+        shard=shard_of(cfg.shard, cfg.shards),
+        early=early,
     )
     summary = result.summary
+    arm = about["arm"] if result.whole else f"{about['arm']}, shard {cfg.shard} of {cfg.shards}, others to come"
+    state = "" if summary["complete"] else f", INCOMPLETE: {summary['missing']} missing"
+    if not summary["n"]:
+        print(f"{arm}: no episode{state}; {place}")
+        return summary
     low, high = summary["interval"]
     rate = f"{summary['successes']}/{summary['n']} = {summary['rate']:.2f} [{low:.2f}, {high:.2f}]"
-    state = "" if summary["complete"] else f", INCOMPLETE: {summary['missing']} missing"
     speed = result.env_steps / max(result.seconds, 1e-9)
     if chains := summary.get("chains"):
-        low, high = chains["avg_len"]["interval"] or (float("nan"),) * 2
+        from vla.analysis.statistics import format_interval
+
+        interval = format_interval(*(chains["avg_len"]["interval"] or (float("nan"),) * 2))
         shares = " / ".join(f"{100 * sr['rate']:.1f}" for sr in chains["sr"])
-        print(f"{about['arm']}: SR 1-5 {shares} %, Avg. Len. {chains['avg_len']['value']:.2f} [{low:.2f}, {high:.2f}]")
-    print(f"{about['arm']}: {rate} (95 % Wilson){state}; {speed:.0f} env steps/s; {place}")
+        print(f"{arm}: SR 1-5 {shares} %, Avg. Len. {chains['avg_len']['value']:.2f} {interval}")
+    print(f"{arm}: {rate} (95 % Wilson){state}; {speed:.0f} env steps/s; {place}")
     return summary
+
+
+def compiled(cfg: EvaluateConfig, policy) -> dict:
+    """Compiles the policy where that is asked for; what the header says of it."""
+    if not cfg.evaluation.compile:
+        return {}
+    if cfg.policy.startswith(REPLAY) or cfg.policy in (EXPERT, NOTHING):
+        raise UserError(f"policy={cfg.policy} has nothing to compile; set evaluation.compile=false")
+    from vla.compiled import compile_policy
+
+    compile_policy(policy, cfg.device, cfg.benchmark.resolution)
+    return {"compile": True}
 
 
 def bc_probe(cfg: EvaluateConfig) -> dict:
@@ -133,7 +177,7 @@ def measure(cfg: EvaluateConfig) -> dict:
     result = header | {"evaluation": cfg.evaluation.name} | of(policy, store, cfg.device)
     out = folder(cfg, header)
     out.mkdir(parents=True, exist_ok=True)
-    from envs.records import write_atomic
+    from vla.files import write_atomic
 
     write_atomic(out / f"{cfg.evaluation.name}.json", json.dumps(result, indent=2))
     print_estimates(about["arm"], result, ("mae_mm", "cosine", "scale"), "", out)
@@ -142,14 +186,15 @@ def measure(cfg: EvaluateConfig) -> dict:
 
 def latency(cfg: EvaluateConfig) -> dict:
     """Milliseconds per action with percentiles, of the policy alone and through its server."""
-    from envs.records import write_atomic
     from vla.bench.latency import describe
     from vla.bench.served import latency_of, tell
+    from vla.files import write_atomic
 
     if cfg.evaluation.repeats < 1:
         raise UserError(f"evaluation.repeats={cfg.evaluation.repeats} times nothing; give 1 or more")
     policy, about, checkpoint = load(cfg)
     header = identity(cfg, about, checkpoint) | {"evaluation": "latency", "device": describe(cfg.device)}
+    header |= compiled(cfg, policy)
     result = header | latency_of(policy, about, cfg)
     out = folder(cfg, header)
     out.mkdir(parents=True, exist_ok=True)
@@ -204,6 +249,18 @@ def print_estimates(arm: str, result: dict, names: tuple[str, ...], unit: str, o
             print(f"{arm}: {name} {unit} {cell['value']:.3f} {interval}; {out}".replace("  ", " "))
 
 
+def described(cfg: EvaluateConfig) -> dict | None:
+    """The policy directory's config.json; None where there is none that can be read, which `load` has words for."""
+    try:
+        return json.loads((directory(cfg) / "config.json").read_text())
+    except (OSError, ValueError, UserError):
+        return None
+
+
+def directory(cfg: EvaluateConfig) -> Path:
+    return policy_of_run(cfg.policy) if cfg.policy.startswith(RUN) else Path(cfg.policy)
+
+
 def load(cfg: EvaluateConfig, tap: str | None = None):
     """The policy, what is known about it, and the hash of its weights."""
     import torch
@@ -222,9 +279,8 @@ def load(cfg: EvaluateConfig, tap: str | None = None):
         return policy, {"arm": "replay", "train_seed": None, "image_rotation": cfg.data.image_rotation}, policy.hash()
     from vla.checkpoint import checkpoint_hash, load_policy
 
-    path = policy_of_run(cfg.policy) if cfg.policy.startswith(RUN) else Path(cfg.policy)
-    policy, config = load_policy(path, cfg.device, tap)
-    return policy, config["about"] | {"baseline": config["baseline"]}, checkpoint_hash(path)
+    policy, config = load_policy(directory(cfg), cfg.device, tap)
+    return policy, config["about"] | {"baseline": config["baseline"]}, checkpoint_hash(directory(cfg))
 
 
 def identity(cfg: EvaluateConfig, about: dict, checkpoint: str) -> dict:

@@ -39,6 +39,7 @@ class ChunkBenchmark(StepBenchmark):
         self.frames: list[np.ndarray] = []
         self.steps = 0
         self._seed = 0
+        self._shapes: dict[str, tuple[int, ...]] | None = None
 
     def get_tasks(self) -> list[dict[str, Any]]:
         return [{"name": self.env.instruction}]
@@ -57,26 +58,34 @@ class ChunkBenchmark(StepBenchmark):
         nobody would read the frame.
         """
         chunk = np.atleast_2d(action["actions"])
-        success = False
+        success, seen = False, None
         for index, command in enumerate(chunk):
             self.steps += 1
             timeout = self.steps >= self.env.max_steps
             success = self.env.step(command, render=self.film or (index == len(chunk) - 1 and not timeout))
             if self.film:
-                self.frames.append(_first_image(self.env.observe()))
+                seen = self.env.observe()  # once a step: a scripted expert goes on each time that it is asked
+                self.frames.append(_first_image(seen))
             if success or timeout or self.env.failed:
                 return StepResult(obs=None, reward=float(success), done=True, info={"success": bool(success)})
             if self.env.replan:
                 break
-        return StepResult(obs=self.env.observe(), reward=0.0, done=False, info={"success": False})
+        seen = self.env.observe() if seen is None else seen
+        return StepResult(obs=seen, reward=0.0, done=False, info={"success": False})
 
     def make_obs(self, raw_obs: dict[str, Any], task: dict[str, Any]) -> dict[str, Any]:
         """The wire observation: vla-eval's keys, and (seed, step) so that a sampling policy can seed its noise.
 
         Raises:
-            ValueError: the simulator returned something no policy should see (NaN state, a float image).
+            ValueError: the simulator returned something no policy should see: NaN in the state, a float image, or
+                arrays of other shapes than the ones before.
         """
         check_observation(raw_obs)
+        shapes = {camera: image.shape for camera, image in raw_obs["images"].items()}
+        shapes["state"] = np.shape(raw_obs["state"])
+        if shapes != (self._shapes or shapes):
+            raise ValueError(f"the observation has the shapes {shapes}, before it had {self._shapes}")
+        self._shapes = shapes
         return {
             "images": {camera: np.ascontiguousarray(image) for camera, image in raw_obs["images"].items()},
             "state": np.asarray(raw_obs["state"], dtype=np.float32),

@@ -15,6 +15,7 @@ Called from a script, that needs the usual `if __name__ == "__main__":`, since w
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ from envs.calvin_experts import CalvinExpert
 from envs.calvin_sequences import COLORS, TASKS, Scene, outcomes
 from envs.calvin_sim import CalvinSim, package_root, resolve_renderer
 from vla.errors import UserError
+from vla.files import write_atomic
 
 TRAINING, VALIDATION = ("A", "B", "C"), ("D",)
 FRAMES_PER_SCENE = 2_000_000  # of the seven digits in a frame's name
@@ -344,12 +346,9 @@ def _statistics(folder: Path, bounds: np.ndarray) -> dict:
 
 
 def _save(path: Path, content: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        if path.suffix == ".yaml":
-            file.write(yaml.safe_dump(content).encode())
-        else:
-            np.save(file, content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    if path.suffix == ".yaml":
+        write_atomic(path, yaml.safe_dump(content))
+    else:
+        array = io.BytesIO()
+        np.save(array, content)
+        write_atomic(path, array.getvalue())

@@ -30,6 +30,8 @@ def execution(cfg: EvaluateConfig, policy) -> tuple[float | None, int]:
 def simulator(cfg: EvaluateConfig, policy, about: dict) -> tuple[str, dict, list]:
     """(environment factory, its arguments, the episodes) of the benchmark, checked before anything starts."""
     benchmark, cameras = cfg.benchmark, list(getattr(policy, "cameras", ["static"]))
+    if cfg.evaluation.videos and not cameras:
+        cameras = ["static"]  # a film of a policy that looks at nothing
     seeds = range(cfg.first_seed, cfg.first_seed + (cfg.episodes or ALL))
     if benchmark.family == "calvin":
         from envs.calvin_sequences import TOTAL, sequences

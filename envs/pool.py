@@ -40,7 +40,7 @@ class EpisodeSpec:
 class Worker:
     """A running envs/worker.py and the episode it has; its process group dies with `kill`."""
 
-    def __init__(self, python: str, setup: dict[str, Any], log: Path) -> None:
+    def __init__(self, python: str, log: Path) -> None:
         root = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         # One core a simulator: dozens of workers with a thread pool each would fight over the machine.
@@ -67,6 +67,20 @@ class Worker:
         finally:
             os.close(jobs)
             os.close(answers_write)
+
+    def prepare(self, factory: str, kwargs: dict[str, Any], arguments: dict[str, Any]) -> None:
+        """Build an environment before there is a policy to connect to; `kwargs` are of an episode of its task."""
+        self.kwargs = kwargs
+        self._send({"factory": factory, "kwargs": arguments})
+
+    def connect(self, setup: dict[str, Any], log: Path) -> None:
+        """To the policy; from now on its output goes to `log`, and what there is of it already too."""
+        if log != self.log:
+            with log.open("ab") as file:
+                self._log_start = file.tell()
+                file.write(self.log.read_bytes())
+            self.log = log
+            setup = setup | {"log": str(log)}
         self._send(setup)
 
     def start(self, spec: EpisodeSpec, job: dict[str, Any], timeout_s: float) -> None:
@@ -95,12 +109,21 @@ class Worker:
         return f"the worker {how}" + (f", its last words: {last[-200:]}" if last else "")
 
     def kill(self) -> None:
+        if self.answers.closed:
+            return
         with contextlib.suppress(ProcessLookupError):  # it may be gone already
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in a driver: dies when the kernel lets it
+            self.process.wait(10)
         with contextlib.suppress(BrokenPipeError):  # closing flushes what a dead worker never read
             self.jobs.close()
         self.answers.close()
+
+
+def choose(pending: list[EpisodeSpec], worker: Worker, pool: list[Worker | None]) -> EpisodeSpec:
+    """The next episode for `worker`: of the task it has built (takes seconds), else of one nobody has, or any."""
+    held = [other.kwargs for other in pool if other is not None and other is not worker]
+    return min(pending, key=lambda spec: 0 if spec.kwargs == worker.kwargs else 1 + (spec.kwargs in held))
 
 
 def wait(pool: list[Worker | None], seconds: float = 0.2) -> Iterator[tuple[int, dict[str, Any]]]:

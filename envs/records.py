@@ -3,6 +3,7 @@
 A results folder holds
   run.json        the header: the arguments that define the run (checkpoint and config hash among them), written
                   with the first episode and never changed
+  shards/         what jobs that share the episodes have done and nobody has merged yet (envs/shards.py)
   episodes.jsonl  one row per finished episode (`COLUMNS`), appended and fsynced as episodes end, sorted at the end
   summary.json    counts, success rate with its 95 % interval, per task too, and what is missing; always up to date
 An episode is (benchmark, task, seed). Only episodes that ran to their end have a row: a simulator that crashed leaves
@@ -16,14 +17,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vla.errors import UserError
+from vla.files import lock, write_atomic, writing
 
 if TYPE_CHECKING:
     import pandas as pd
 
+EPISODES = "episodes.jsonl"
 COLUMNS = {
     "benchmark": str,
     "task": str,
@@ -55,32 +59,27 @@ class Records:
     Args:
         folder: created when missing.
         header: JSON-able arguments that define the run. A folder holds one run, so a second header is refused.
+        name: of the file with the rows.
 
     Attributes:
         rows: {Key: row} of the finished episodes, those of earlier calls included.
 
     Raises:
-        UserError: another process is evaluating into the folder, it holds another run, or a record cannot be read.
+        Locked: another process is evaluating into the folder.
+        UserError: it holds another run, or a record cannot be read.
     """
 
-    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, header: dict[str, Any], name: str = EPISODES) -> None:
         self.folder = folder
+        self.file = folder / name
         self.header = json.loads(json.dumps(header))
         self.rows: dict[Key, dict[str, Any]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / ".lock").open("w")
+        self._lock = lock(folder, fcntl.LOCK_EX)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise UserError(
-                f"{folder} is being written by another evaluation; wait for it or choose another folder"
-            ) from None
-        try:
-            self.rows = {key_of(row): row for row in read_rows(folder)}
+            self.rows = {key_of(row): row for row in read_rows(self.file)}
             if self.rows:
                 check_header(folder, self.header)
-            drop_torn_line(folder / "episodes.jsonl")
+            drop_torn_line(self.file)
         except BaseException:
             self._lock.close()
             raise
@@ -98,6 +97,26 @@ class Records:
             UserError: the row comes from another simulator or renderer than the rows before it; scores of the two
                 must not be averaged (anchors §A.2: CPU and EGL rendering change CALVIN scores).
         """
+        self._admit(row)
+        with writing(self.file), self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows[key_of(row)] = row
+
+    def merge(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add the rows of episodes that have none yet, all of them or, where the process is killed, none.
+
+        Raises:
+            UserError: as `append`.
+        """
+        for row in rows:
+            if key_of(row) not in self.rows:
+                self._admit(row)
+                self.rows[key_of(row)] = row
+        self.sort()
+
+    def _admit(self, row: dict[str, Any]) -> None:
         check_row(row, str(self.folder))
         if self.rows:
             other = next(iter(self.rows.values()))
@@ -109,16 +128,11 @@ class Records:
                     )
         else:
             write_atomic(self.folder / "run.json", json.dumps(self.header, indent=2) + "\n")
-        with (self.folder / "episodes.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self.rows[key_of(row)] = row
 
     def sort(self) -> None:
         """Rewrite the rows in the order of their keys, so that the file does not depend on which worker was faster."""
-        lines = [json.dumps(self.rows[key]) + "\n" for key in sorted(self.rows)]
-        write_atomic(self.folder / "episodes.jsonl", "".join(lines))
+        if self.rows:
+            write_atomic(self.file, "".join(json.dumps(self.rows[key]) + "\n" for key in sorted(self.rows)))
 
     def summarise(self, missing: dict[Key, str]) -> dict[str, Any]:
         """Write and return summary.json. `missing`: {episode: why it has no row}."""
@@ -155,7 +169,7 @@ def load_records(folder: str | Path) -> pd.DataFrame:
     import pandas as pd  # half a second that the workers and a misspelt command need not pay
 
     folder = Path(folder)
-    rows = sorted(read_rows(folder), key=key_of)
+    rows = sorted(read_rows(folder / EPISODES), key=key_of)
     if not rows:
         raise UserError(f"{folder} holds no episode records; give a folder written by evaluate.py evaluation=rollout")
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -168,6 +182,13 @@ def rate_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     n, successes = len(rows), sum(row["success"] for row in rows)
     interval = list(rate_interval(successes, n)) if n else None
     return {"n": n, "successes": successes, "rate": successes / n if n else None, "interval": interval}
+
+
+def ready_to_summarise() -> None:
+    """Import what a summary needs, before there is one to interrupt: a signal may turn an import into a wreck."""
+    import vla.analysis.chains  # noqa: F401
+
+    rate_of([{"success": True}])
 
 
 def key_of(row: dict[str, Any]) -> Key:
@@ -183,9 +204,8 @@ def check_row(row: dict[str, Any], where: str) -> None:
         )
 
 
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of a results folder, checked; [] where there is no file. A last line without newline is skipped."""
-    path = folder / "episodes.jsonl"
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file, checked; [] where there is no file. A last line without newline is skipped."""
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     rows: dict[Key, dict[str, Any]] = {}
     for number, line in enumerate(lines, 1):
@@ -205,15 +225,6 @@ def drop_torn_line(path: Path) -> None:
     """Cut off a last line without newline, which a killed process left half written; its episode runs again."""
     if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def check_header(folder: Path, header: dict[str, Any]) -> None:

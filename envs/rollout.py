@@ -9,7 +9,8 @@ failed episode, and redo work at the granularity of a shard (anchors fact sheet 
 hangs or raises is replaced and the same seed runs again on a fresh worker; what still fails is reported missing, and
 a missing episode never counts as a failure of the policy.
 
-Interrupted and called again with the same arguments, it runs only the episodes without a record.
+Interrupted and called again with the same arguments, it runs only the episodes without a record. Several jobs can share
+the episodes (envs/shards.py).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from envs.pool import EpisodeSpec, Worker, wait
-from envs.records import Key, Records
+from envs.pool import EpisodeSpec, Worker, choose, wait
+from envs.records import Key, Records, ready_to_summarise
 from envs.server import PolicyServer, Predictor, serve
+from envs.shards import Shard, absorb, end, folders, joined, merge_when_last, records_of
+from envs.stopping import stop_if_asked
 from vla.errors import UserError
 
 HOPELESS = 3
@@ -41,6 +44,8 @@ class RolloutResult:
     """`summary` is summary.json (see envs/records.py); the rest counts what this call did."""
 
     summary: dict[str, Any]
+    whole: bool
+    """Whether the summary is of the run; else it is of the shard, and others are to come."""
     finished: int
     env_steps: int
     seconds: float
@@ -66,6 +71,8 @@ def run_rollouts(
     videos: int = 0,
     python: str | None = None,
     progress: bool = True,
+    shard: Shard | None = None,
+    early: Sequence[Worker] = (),
 ) -> RolloutResult:
     """Run the episodes that have no record in `out` yet and summarise them all.
 
@@ -84,6 +91,8 @@ def run_rollouts(
         videos: films of the first so many of `episodes` (every step rendered, which changes no state).
         python: the workers' interpreter (needs vla-eval, the simulator, PyAV for videos); default this one.
         progress: bars on a terminal, else a line now and then.
+        early: workers that run already (envs/early.py).
+        shard: run this share of the missing episodes only; the last of the shards merges them all.
 
     Raises:
         UserError: no episodes, a chunk length that cannot be, a folder of another run or in use, an environment that
@@ -101,26 +110,48 @@ def run_rollouts(
     }
     server = PolicyServer(policy, execute_steps, min(max_batch, workers), exact, ensemble)
     console = Console(stderr=True, quiet=not progress, highlight=False)
-    with Records(out, header) as records:
-        run = _Run(episodes, records, env_kwargs, videos, retries, console)
+
+    def work(records: Records, mine: list[EpisodeSpec], logs: str) -> _Run:
+        run = _Run(
+            mine, records, out / "videos", {spec.key for spec in episodes[:videos]}, env_kwargs, retries, console
+        )
         if run.pending:
             (out / "logs").mkdir(exist_ok=True)
-            with serve(server) as url, _progress(len(episodes), len(run.pending), console) as show:
+            ready_to_summarise()
+            with serve(server) as url, _progress(len(mine), len(run.pending), console) as show:
                 setup = {"factory": env, "url": url, "timeout_s": episode_timeout_s}
 
+                started = list(early)
+
                 def spawn(index: int) -> Worker:
-                    return Worker(python or sys.executable, setup, out / "logs" / f"worker_{index}.log")
+                    log = out / "logs" / f"{logs}worker_{index}.log"
+                    worker = started.pop(0) if started else Worker(str(python or sys.executable), log)
+                    worker.connect(setup, log)
+                    return worker
 
                 try:
                     run.drain(min(workers, len(run.pending)), spawn, server, episode_timeout_s, show)
                 finally:
                     if records.rows:
                         records.summarise(run.missing)
-        if not records.rows:
-            raise UserError(f"no episode finished: {next(iter(run.missing.values()))}; see {out / 'logs'}")
+            if not records.rows:
+                raise UserError(f"no episode finished: {next(iter(run.missing.values()))}; see {out / 'logs'}")
         records.sort()
-        summary = records.summarise(run.missing)
-    return RolloutResult(summary, run.tally["finished"], run.tally["env_steps"], run.seconds(), run.tally["failures"])
+        return run
+
+    if shard is None:
+        with Records(out, header) as records:
+            absorb(records, folders(out))
+            run = work(records, episodes, "")
+            return run.result(records.summarise(run.missing), True)
+    with joined(out, header, shard) as done:
+        mine = [spec for spec in episodes if spec.key not in done][shard.index :: shard.count]
+        with records_of(out, header, shard) as records:
+            run = work(records, mine, f"shard_{shard}_")
+            own = records.summarise(run.missing)
+            end(records, run.missing)
+    merged = merge_when_last(out, header, shard, [spec.key for spec in episodes])
+    return run.result(own if merged is None else merged, merged is not None)
 
 
 def _check(
@@ -154,21 +185,28 @@ class _Run:
         self,
         episodes: list[EpisodeSpec],
         records: Records,
+        films: Path,
+        filmed: set[Key],
         env_kwargs: dict[str, Any],
-        videos: int,
         retries: int,
         console: Console,
     ) -> None:
         self.records, self.env_kwargs, self.retries, self.console = records, env_kwargs, retries, console
+        self.films, self.filmed = films, filmed
         self.pending = [spec for spec in episodes if spec.key not in records.rows]
         self.missing = {spec.key: "not run" for spec in self.pending}
-        self.filmed = {spec.key for spec in episodes[:videos]}
         self.attempts: Counter[Key] = Counter()
         self.tally: Counter[str] = Counter(successes=sum(row["success"] for row in records.rows.values()))
         self._started = time.monotonic()
 
     def seconds(self) -> float:
         return time.monotonic() - self._started
+
+    def result(self, summary: dict[str, Any], whole: bool) -> RolloutResult:
+        tally = self.tally
+        return RolloutResult(
+            summary, whole, tally["finished"], tally["env_steps"], self.seconds(), failures=tally["failures"]
+        )
 
     def drain(
         self,
@@ -182,10 +220,11 @@ class _Run:
         pool: list[Worker | None] = [None] * slots
         try:
             while self.pending or any(worker and worker.spec for worker in pool):
+                stop_if_asked()
                 for index in range(slots):
                     if self.pending and (pool[index] is None or pool[index].spec is None):
                         pool[index] = pool[index] or spawn(index)
-                        spec = _choose(self.pending, pool[index], pool)
+                        spec = choose(self.pending, pool[index], pool)
                         self.pending.remove(spec)
                         self.attempts[spec.key] += 1
                         pool[index].start(spec, self.job(spec), timeout_s)
@@ -209,7 +248,7 @@ class _Run:
 
     def job(self, spec: EpisodeSpec) -> dict[str, Any]:
         """The worker's order for one episode (protocol: envs/worker.py)."""
-        film = self.records.folder / "videos" / re.sub(r"[^\w.-]+", "_", f"{spec.task}_seed{spec.seed}")
+        film = self.films / re.sub(r"[^\w.-]+", "_", f"{spec.task}_seed{spec.seed}")
         return {
             "kwargs": {**self.env_kwargs, **spec.kwargs},
             "task": {"name": spec.task, "seed": spec.seed},
@@ -246,12 +285,6 @@ class _Run:
             raise UserError(
                 f"no episode finishes, the last one ended with: {reason}; see {self.records.folder / 'logs'}"
             )
-
-
-def _choose(pending: list[EpisodeSpec], worker: Worker, pool: list[Worker | None]) -> EpisodeSpec:
-    """The next episode for `worker`: of the task it has built (takes seconds), else of one nobody has, or any."""
-    held = [other.kwargs for other in pool if other is not None and other is not worker]
-    return min(pending, key=lambda spec: 0 if spec.kwargs == worker.kwargs else 1 + (spec.kwargs in held))
 
 
 def _policy_error(server: PolicyServer, text: str) -> Exception:

@@ -3,24 +3,38 @@
 `serve(server)` is a context manager giving the url that workers (and vla-eval's own benchmarks) connect to. Cameras
 and keys on the wire: {"images": {camera: uint8 (H, W, 3)}, "state": float (S,), "task_description": str} and, from our
 own workers, "seed" and "step".
+
+vla-eval's handler of a connection is used and not its server, which takes messages of any length and lets whoever is on
+the machine connect and change the batch size: here the url holds a secret and a message has a bound.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from http import HTTPStatus
 from typing import Any, Protocol
 
+import anyio
 import numpy as np
 import torch
-from vla_eval.api import serve_background
+from anyio.abc import TaskStatus
+from anyio.from_thread import start_blocking_portal
 from vla_eval.model_servers.base import SessionContext
 from vla_eval.model_servers.predict import PredictModelServer
+from vla_eval.model_servers.serve import _handle_connection
 from vla_eval.specs import DimSpec
+from websockets.asyncio.server import Request, Response, ServerConnection
+from websockets.asyncio.server import serve as listen
 
 from envs.benchmark import ACTION_SPEC, OBSERVATION_SPEC
 from vla.ensemble import TemporalEnsembler
+
+MAX_MESSAGE = 64 * 2**20
+"""Bytes; an observation of three cameras of 512 × 512 is 2.4 MB."""
 
 
 class Predictor(Protocol):
@@ -141,11 +155,36 @@ def serve(server: PolicyServer) -> Iterator[str]:
     """Serve on a free port of the loopback interface from a background thread; yields the ws:// url."""
     # vla-eval logs a traceback per failed request and warns of several requests in flight; the first comes out as
     # `server.error`, the second is how batching works.
-    log = logging.getLogger("vla_eval.model_servers")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    loggers = [logging.getLogger(name) for name in ("vla_eval.model_servers", "websockets.server")]
+    levels = [log.level for log in loggers]
+    for log in loggers:
+        log.setLevel(logging.CRITICAL)
+    secret = f"/{secrets.token_urlsafe(16)}"
     try:
-        with serve_background(server, host="127.0.0.1", port=0) as handle:
-            yield handle.url
+        with start_blocking_portal() as portal:
+            serving, port = portal.start_task(_serve, server, secret)
+            try:
+                yield f"ws://127.0.0.1:{port}{secret}"
+            finally:
+                serving.cancel()
     finally:
-        log.setLevel(level)
+        for log, level in zip(loggers, levels, strict=True):
+            log.setLevel(level)
+
+
+async def _serve(server: PolicyServer, secret: str, *, task_status: TaskStatus[int]) -> None:
+    """vla-eval's serve_async with a door and a bound; reports its port and goes on until it is cancelled."""
+
+    def admit(connection: ServerConnection, request: Request) -> Response | None:
+        if not secrets.compare_digest(request.path.encode(), secret.encode()):
+            return connection.respond(HTTPStatus.FORBIDDEN, "this server has its own clients\n")
+        return None
+
+    async with anyio.create_task_group() as group:
+        await server.on_serve_start(group)
+        async with listen(
+            partial(_handle_connection, model_server=server), "127.0.0.1", 0, process_request=admit,
+            compression=None, max_size=MAX_MESSAGE, ping_interval=None,
+        ) as listening:  # fmt: skip
+            task_status.started(listening.sockets[0].getsockname()[1])
+            await anyio.sleep_forever()

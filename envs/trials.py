@@ -17,8 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from envs.records import Key, Records, drop_torn_line, key_of, rate_of, write_atomic
+from envs.records import Key, Records, drop_torn_line, key_of, rate_of
 from vla.errors import UserError
+from vla.files import write_atomic
 
 LINE = {"what": str, "at": str, "task": str, "trial": int, "success": bool, "steps": int, "seconds": float, "note": str}
 """A line of trials.jsonl; `what` is "trial" or "undo", `at` UTC."""

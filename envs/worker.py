@@ -2,21 +2,25 @@
 
 Started by envs/rollout.py as `python -m envs.worker JOBS ANSWERS`, two inherited file descriptors carrying JSON lines
 (simulators print to stdout and some read stdin, so neither is used):
-  JOBS     first {"factory", "url", "timeout_s"}, then one job per episode:
+  JOBS     perhaps {"factory", "kwargs"}, an environment to build before there is a policy (envs/early.py);
+           {"factory", "url", "timeout_s"}, perhaps with "log", where output goes from then on; then a job per episode:
            {"kwargs", "task": {"name", "seed"}, "execute_steps", "video": null | path without ending}
   ANSWERS  one line per job: {"ok": true, "success", "steps", "seconds", "subtasks", "versions"}
            or {"ok": false, "kind": "simulator" | "policy" | "user", "error"}
 The environment is kept while successive jobs have the same kwargs. Anything but a policy's or a user's error is the
 simulator's: the parent then replaces this process. When the parent dies, JOBS ends and the worker exits, even from
-inside an episode. Imports neither torch nor policy code, and runs on Python >= 3.8.
+inside an episode; on Linux the kernel ends it too, even from inside native code that never lets another thread run.
+Imports neither torch nor policy code, and runs on Python >= 3.8.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import traceback
@@ -36,9 +40,12 @@ from envs.benchmark import ChunkBenchmark
 from vla.errors import UserError
 
 VIDEO_FPS = 20
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(jobs_fd: int, answers_fd: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     jobs: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_read_jobs, args=(jobs_fd, jobs), daemon=True).start()
     with os.fdopen(answers_fd, "w") as answers:
@@ -58,12 +65,17 @@ def _read_jobs(fd: int, jobs: queue.Queue) -> None:
 
 
 async def _work(next_job: Callable[[], dict[str, Any]], answer: Callable[[dict[str, Any]], None]) -> None:
+    env: Environment | None = None
+    kwargs: dict[str, Any] | None = None
     setup = next_job()
+    if "kwargs" in setup:
+        env, kwargs = _built_early(setup)
+        setup = next_job()
+    if "log" in setup:
+        _log_to(setup["log"])
     set_image_format("raw")  # the server is on this machine: PNG would cost more than it saves
     # One attempt: a lost connection means that the parent is gone, or that the episode must start again anyway.
     async with Connection(setup["url"], timeout=setup["timeout_s"], max_retries=1) as connection:
-        env: Environment | None = None
-        kwargs: dict[str, Any] | None = None
         while True:
             job = next_job()
             try:
@@ -80,6 +92,23 @@ async def _work(next_job: Callable[[], dict[str, Any]], answer: Callable[[dict[s
                 # Reported, not hidden: the parent decides whether to retry, the log keeps the traceback.
                 traceback.print_exc()
                 answer({"ok": False, "kind": "simulator", "error": f"{type(error).__name__}: {error}"[:2000]})
+
+
+def _built_early(guess: dict[str, Any]) -> tuple[Environment | None, dict[str, Any] | None]:
+    """The environment and its arguments, or neither: the first episode then builds one and reports what is wrong."""
+    try:
+        return load_factory(guess["factory"])(**guess["kwargs"]), guess["kwargs"]
+    except Exception:
+        traceback.print_exc()
+        return None, None
+
+
+def _log_to(path: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(path, "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
 
 
 async def run_episode(env: Environment, job: dict[str, Any], connection: Connection) -> dict[str, Any]:

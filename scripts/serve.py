@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from vla.cli import main
-from vla.config import ServeConfig
+from vla.serving.config import ServeConfig
 
 
 @main("serve")
@@ -23,13 +23,16 @@ def run(cfg: ServeConfig) -> None:
     import torch
 
     from vla.checkpoint import checkpoint_hash, load_policy
+    from vla.compiled import compile_policy
     from vla.experiment import RUN, policy_of_run
-    from vla.serving.server import VLA_EVAL, PolicyService
+    from vla.serving.server import VLA_EVAL, WARM_UP_SIZE, PolicyService
 
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     path = policy_of_run(cfg.policy) if cfg.policy.startswith(RUN) else Path(cfg.policy)
     policy, config = load_policy(path, cfg.device)
+    if cfg.compile:
+        compile_policy(policy, cfg.device, WARM_UP_SIZE)
     about = config["about"] | {"baseline": config["baseline"], "checkpoint": checkpoint_hash(path)}
     service = PolicyService(policy, cfg, about)
 

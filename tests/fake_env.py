@@ -5,11 +5,13 @@ too far for some seeds, so that both outcomes occur. The frame shows the positio
 would act otherwise. Every reset and end of an episode is a JSON line in `journal`.
 
 `misbehave` maps a seed (as a string: it travels as JSON) to what its first attempt does, "always_..." every attempt:
-kill (SIGKILL to itself), hang (sleep), raise, nan (a broken observation).
+kill (SIGKILL to itself), segfault, hang (sleep), native_hang (in C, no other thread runs), raise, slow (three seconds
+in one step), and broken observations: nan, float, gray, small, state.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -56,6 +58,7 @@ class FakeEnv:
         self._write(event="reset", seed=seed)
         habit = self.misbehave.get(str(seed), "")
         self.habit = habit.removeprefix("always_") if first or habit.startswith("always_") else ""
+        self.broken = ""
         self.fresh = True
         return self.observe()
 
@@ -79,6 +82,9 @@ class FakeEnv:
         image = np.zeros((self.size, self.size, 3), np.uint8)
         image[:] = np.round(self.point * 10 + 128).astype(np.uint8)
         state = np.concatenate([self.point, self.goal]).astype(np.float32)
+        if self.broken:
+            image = {"float": image / 255.0, "gray": image[..., 0], "small": image[::2, ::2]}.get(self.broken, image)
+            state = state[:3] if self.broken == "state" else state
         return {"images": {"static": image, "wrist": image[:8]}, "state": state, "instruction": self.instruction}
 
     def close(self) -> None:
@@ -90,12 +96,20 @@ class FakeEnv:
     def _misbehave(self) -> None:
         if self.habit == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.habit == "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
         if self.habit == "hang":
             time.sleep(3600)
+        if self.habit == "native_hang":
+            ctypes.PyDLL(None).sleep(3600)
+        if self.habit == "slow":
+            time.sleep(3)
         if self.habit == "raise":
             raise ArithmeticError("physics diverged")
         if self.habit == "nan":
             self.point = self.point * np.nan
+        if self.habit in ("float", "gray", "small", "state"):
+            self.broken = self.habit
 
     def _write(self, **event: object) -> None:
         with self.journal.open("a") as file:

@@ -210,6 +210,7 @@ def test_motion_is_clipped_and_the_gripper_is_binary(chains):
     assert chains.reset(0)["state"][14] == 1, "the last episode's gripper command must not survive"
 
 
+@pytest.mark.slow
 @pytest.mark.sim
 @sim
 def test_collected_data_are_of_the_official_layout_and_replay(tmp_path, monkeypatch):

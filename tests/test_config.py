@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from vla.cli import CONF, choices, compose_config
-from vla.config import run_hash
+from vla.run_identity import run_hash
 
 ROOT = CONF.parent
 GROUPS = ("baseline", "size", "ablation", "benchmark", "trainer", "logger")
@@ -77,7 +77,7 @@ def test_scripts_compose(name):
 
 
 def test_every_yaml_belongs_to_a_tested_group():
-    tested = {*GROUPS, "evaluation", "backbone", "experiment", "recipe"}
+    tested = {*GROUPS, "evaluation", "backbone", "experiment", "recipe", "launcher"}
     assert {path.parent.name for path in CONF.rglob("*.yaml")} - {"conf"} <= tested
 
 

@@ -300,6 +300,17 @@ def test_videos_show_every_step_and_change_nothing(tmp_path):
         assert sum(1 for _ in container.decode(stream)) == row.steps + 1
 
 
+def test_a_filmed_environment_is_asked_once_a_step(tmp_path):
+    """A scripted expert's environment goes on each time that it is asked."""
+    env, asked = FakeEnv(str(tmp_path / "journal")), []
+    benchmark, observe = ChunkBenchmark(env, film=True), env.observe
+    env.observe = lambda: asked.append(env.steps) or observe()
+    first = benchmark.reset({"seed": 0})
+    seen = [benchmark.step({"actions": np.zeros((2, 7))}) for _ in range(2)]
+    assert asked == [0, 1, 2, 3, 4] and len(benchmark.frames) == 5
+    np.testing.assert_array_equal(seen[-1].obs["images"]["static"], first["images"]["static"])
+
+
 def test_the_worker_needs_no_torch():
     code = "import sys, envs.worker; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, check=False).returncode == 0
@@ -321,7 +332,7 @@ def test_an_ended_parent_leaves_no_workers_and_its_records(tmp_path, blow):
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
     parent = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
     records = tmp_path / "out/episodes.jsonl"
-    _wait_for(lambda: records.exists() and records.read_text().count("\n") >= 2 and len(_pids(tmp_path)) == 2)
+    _wait_for(lambda: records.exists() and records.read_text().count("\n") >= 2 and len(_pids(tmp_path)) == 2, 120)
     parent.send_signal(blow)
     parent.wait(20)
     _wait_for(lambda: not _alive(_pids(tmp_path)))

@@ -20,15 +20,16 @@ from tests.conftest import make_episodes, train_config
 from train import train
 from vla.checkpoint import checkpoint_hash, load_policy
 from vla.cli import CONF
-from vla.config import run_dir
 from vla.errors import UserError
+from vla.run_identity import run_dir
+from vla.saving import MANIFEST, STATE, About, seal
 from vla.training import initial, policy_arguments
 
 
 def metrics(run: Path) -> list[dict]:
     with open(run / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    return [{k: v for k, v in row.items() if k not in ("samples_per_s", "data_wait")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("samples_per_s", "data_wait", "mfu")} for row in rows]
 
 
 @pytest.mark.parametrize("arm", ["vanilla", "ptr"])
@@ -48,7 +49,7 @@ def test_resume_is_bit_equal_to_an_uninterrupted_run(workers, store, tmp_path):
     run = run_dir(cfg)
     shutil.copytree(whole.parent, run)  # the state of a run that died at step 5
     shutil.rmtree(run / "policy")
-    (run / "checkpoints" / "step=6.ckpt").unlink()
+    shutil.rmtree(run / "checkpoints" / "step=6")
     with pytest.raises(UserError, match="resume=auto"):
         train(cfg)
     resumed = train(replace(cfg, resume="auto", trainer=replace(cfg.trainer, num_workers=workers)))
@@ -60,10 +61,9 @@ def test_resume_is_bit_equal_to_an_uninterrupted_run(workers, store, tmp_path):
 def test_starting_over_forgets_the_old_checkpoints(store, tmp_path):
     cfg = train_config(store.path, tmp_path, "trainer.checkpoint_every=2", "max_steps=3")
     shutil.rmtree(train(cfg))
-    old = run_dir(cfg) / "checkpoints" / "step=2.ckpt"
-    old.rename(old.with_name("step=99.ckpt"))
+    (run_dir(cfg) / "checkpoints" / "step=99").mkdir(parents=True)
     train(replace(cfg, resume="never"))
-    assert [path.name for path in old.parent.iterdir()] == ["step=2.ckpt"]
+    assert [path.name for path in (run_dir(cfg) / "checkpoints").iterdir()] == ["step=2"]
 
 
 def test_a_finished_run_is_not_run_again(store, tmp_path, capsys):
@@ -94,10 +94,14 @@ def test_checkpoint_of_other_data_is_refused(store, tmp_path):
     cfg = train_config(store.path, tmp_path, "trainer.checkpoint_every=1", "max_steps=2")
     policy = train(cfg)
     shutil.rmtree(policy)
-    checkpoint = max((run_dir(cfg) / "checkpoints").glob("*.ckpt"))
-    content = torch.load(checkpoint, weights_only=True)
+    folder = run_dir(cfg) / "checkpoints" / "step=2"
+    content = torch.load(folder / STATE, weights_only=True)
     content["statistics"]["q01"] = [0.0] * 7
-    torch.save(content, checkpoint)
+    torch.save(content, folder / STATE)
+    (folder / MANIFEST).unlink()
+    shutil.copytree(folder, folder.with_name(".step=2.partial"))
+    shutil.rmtree(folder)
+    seal(folder.with_name(".step=2.partial"), About(2, 1, cfg.batch_size))
     with pytest.raises(UserError, match="other action statistics"):
         train(replace(cfg, resume="auto"))
 

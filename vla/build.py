@@ -48,10 +48,11 @@ def apply_ideas(policy: Policy, arguments: dict[str, Any]) -> Policy:
         policy.make_dual()
     if (arguments.get("speaks") or actions == "string") and not policy.speaks:
         policy.make_speaking(arguments.get("language_head", "tied"))
-    from vla.string_policy import StringPolicy
+    if actions == "string":
+        from vla.string_policy import StringPolicy  # and with it every baseline
 
-    if actions == "string" and not isinstance(policy, StringPolicy):
-        policy = StringPolicy(policy, StringConfig(**arguments["string"]))
+        if not isinstance(policy, StringPolicy):
+            policy = StringPolicy(policy, StringConfig(**arguments["string"]))
     return policy
 
 

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -22,22 +21,27 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
 from data.normalization import ActionStatistics
+from vla import saving
 from vla.build import apply_ideas, build_policy, policy_class
 from vla.errors import UserError
+from vla.files import sha256, sync
 from vla.policy import Policy
 
 FORMAT = 1
 
 
-def export_policy(policy: Policy, out: Path, *, name: str, arguments: dict, about: dict) -> None:
+def export_policy(
+    policy: Policy, out: Path, *, name: str, arguments: dict, about: dict, weights: dict | None = None
+) -> None:
     """Write `policy` to the folder `out`, replacing an older export of the same run.
 
     Args:
         name: the baseline.
         arguments: those its `build` got; `policy.architecture()` completes them.
         about: JSON-able facts to travel along (arm, benchmark, image_rotation, config hash, data hash, versions).
+        weights: the policy's, where its own are sharded.
     """
-    weights = {key: value.detach().cpu().contiguous() for key, value in policy.state_dict().items()}
+    weights = {key: value.detach().cpu().contiguous() for key, value in (weights or policy.state_dict()).items()}
     normalizer = policy.normalizer
     write_policy(
         out,
@@ -58,8 +62,11 @@ def write_policy(out: Path, weights: dict, *, config: dict, statistics: dict, to
         _write_json(partial / "config.json", config)
         _write_json(partial / "statistics.json", statistics)
         tokenizer.save_pretrained(partial / "tokenizer")
+        for path in [*saving.files_of(partial), partial]:
+            sync(path)
         shutil.rmtree(out, ignore_errors=True)
         os.replace(partial, out)
+        sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -72,6 +79,13 @@ def initial_policy(path: Path, name: str, statistics: ActionStatistics, scheme: 
     Raises:
         UserError: as `load_policy`, or the directory holds another baseline.
     """
+    policy = build_policy(name, statistics, scheme, initial_arguments(path, name, arguments))
+    _load_weights(policy, path)
+    return apply_ideas(policy, arguments)
+
+
+def initial_arguments(path: Path, name: str, arguments: dict) -> dict:
+    """Those of the policy in `path`, before this run's ideas, beside the run's own."""
     config, tokenizer = _read_config(path), _read_tokenizer(path)
     if config["baseline"] != name:
         raise UserError(f"init_from={path} holds {config['baseline']}, not {name}; set baseline={config['baseline']}")
@@ -80,9 +94,7 @@ def initial_policy(path: Path, name: str, statistics: ActionStatistics, scheme: 
         raise UserError(f"init_from={path} has two vision encoders (dual); set policy.dual=true")
     if config["arguments"].get("actions", "native") != "native" and arguments["actions"] == "native":
         raise UserError(f"init_from={path} says its actions as text; set policy.actions=string")
-    policy = build_policy(name, statistics, scheme, config["arguments"] | own | {"tokenizer": tokenizer})
-    _load_weights(policy, path)
-    return apply_ideas(policy, arguments)
+    return config["arguments"] | own | {"tokenizer": tokenizer}
 
 
 def load_policy(path: Path, device: str = "cpu", tap: str | None = None) -> tuple[Policy, dict]:
@@ -102,7 +114,10 @@ def load_policy(path: Path, device: str = "cpu", tap: str | None = None) -> tupl
     except TypeError as error:
         raise UserError(f"{path}/statistics.json is incomplete ({error}); export the policy again") from error
     arguments = config["arguments"] | ({"tap": tap} if tap else {}) | {"tokenizer": _read_tokenizer(path)}
-    policy = build_policy(config["baseline"], statistics, scheme, arguments)
+    try:
+        policy = build_policy(config["baseline"], statistics, scheme, arguments)
+    except TypeError as error:
+        raise UserError(f"{path}/config.json is not of this code's {config['baseline']} ({error})") from error
     _load_weights(policy, path)
     return policy.to(torch.device(device)).eval(), config
 
@@ -128,13 +143,15 @@ def _read_config(path: Path) -> dict:
 def _read_tokenizer(path: Path):
     if not (path / "tokenizer").is_dir():
         raise UserError(f"{path} has no tokenizer/; export the policy again")
-    return AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(path / "tokenizer", local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, TypeError) as error:  # a damaged file, or one that names code to run
+        raise UserError(f"{path}/tokenizer cannot be read ({str(error).splitlines()[0]}); export again") from error
 
 
 def checkpoint_hash(path: Path) -> str:
     """sha256 of the weights, the identity of a policy in every record."""
-    with open(Path(path) / "model.safetensors", "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(Path(path) / "model.safetensors")
 
 
 def _write_json(path: Path, content: dict) -> None:

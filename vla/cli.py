@@ -30,6 +30,7 @@ from vla import plan
 from vla.config import register, typed
 from vla.errors import UserError
 from vla.experiment import expand
+from vla.launched import as_job, before_launch, in_own_job
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -49,6 +50,9 @@ def main(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
 
             @hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)
             def compose_and_run(cfg: DictConfig) -> Any:
+                if in_own_job():
+                    with as_job(), as_user_error(name):
+                        return run(cell_of(typed(cfg), name))
                 try:
                     with one_line(name):  # inside too: Hydra prints a line of its own for what leaves a job
                         return run(cell_of(typed(cfg), name))
@@ -59,11 +63,12 @@ def main(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
 
             failed: list[SystemExit] = []
             with one_line(name):
-                sys.argv[1:] = expand(name, sys.argv[1:], CONF)
+                sys.argv[1:] = expand(name, multirun_first(sys.argv[1:]), CONF)
                 if plan.DRY_RUN in sys.argv:
                     cells = (compose_config(name, *job) for job in plan.jobs(sys.argv[1:]))
                     plan.show(name, [cell_of(cell, name) for cell in cells])
                     return
+                before_launch(sys.argv[1:])
                 compose_and_run()
             if failed:
                 fail(f"{len(failed)} of the sweep's runs ended with the errors above")
@@ -71,6 +76,12 @@ def main(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
         return entry
 
     return decorate
+
+
+def multirun_first(words: list[str]) -> list[str]:
+    """-m may stand anywhere; argparse takes one stretch of overrides only and would refuse those behind it."""
+    flags = [word for word in words if word in ("-m", "--multirun")]
+    return flags[:1] + [word for word in words if word not in flags]
 
 
 def swept_here() -> bool:
@@ -101,13 +112,21 @@ def cell_of(cfg: Any, name: str) -> Any:
 def one_line(name: str) -> Iterator[None]:
     """Turn bad input into one line on stderr and an exit code."""
     try:
-        yield
+        with as_user_error(name):
+            yield
     except UserError as error:
         fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(explain(error, name))
     except KeyboardInterrupt:
         fail("interrupted; what was finished is kept", code=130)
+
+
+@contextlib.contextmanager
+def as_user_error(name: str) -> Iterator[None]:
+    """What Hydra or OmegaConf found wrong, as the one line that the user gets."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error, name)) from error
 
 
 def fail(message: str, code: int = 2) -> None:

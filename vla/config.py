@@ -7,10 +7,7 @@ Nothing here imports torch: `--help` and a misspelt key answer at once.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import FrozenInstanceError, asdict, dataclass, field
-from pathlib import Path
+from dataclasses import FrozenInstanceError, dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -18,7 +15,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from vla.errors import UserError
 from vla.evaluation_configs import EvaluationConfig
-from vla.policy_configs import POLICIES, IdeasConfig
+from vla.policy_configs import POLICIES
+from vla.serving.config import ServeConfig
 
 REPLAY, EXPERT, NOTHING = "replay:", "expert", "nothing"
 """Values of `policy` that no training made (vla/replay.py)."""
@@ -137,9 +135,10 @@ class BenchmarkConfig:
 class CoTrainConfig:
     """Vision-language data in every batch (GenVLA §III-C; data/vision_language.py, vla/co_training.py).
 
-    use: which of `sets` ({name: {annotations, images}}), evenly. share: of the batch's samples. max_tokens: longer
-    examples are left out. weight: of the text loss beside an action loss that is no cross-entropy.
-    released_label_mask: as the public code (fact sheet §8.3).
+    use: which of `sets` ({name: {annotations, images}}), evenly. share: of the batch's samples. by_length: batches
+    among which examples are dealt by length, for less padding (1: as drawn). max_tokens: longer examples are left out.
+    weight: of the text loss beside an action loss that is no cross-entropy. released_label_mask: as the public code
+    (fact sheet §8.3).
     """
 
     enabled: bool = False
@@ -147,6 +146,7 @@ class CoTrainConfig:
     sets: dict[str, dict[str, str]] = field(default_factory=dict)
     share: float = 0.5
     prompt: str = "<VLM_PROMPT> {question}"
+    by_length: int = 8
     max_tokens: int = 768
     weight: float = 1.0
     released_label_mask: bool = False
@@ -154,13 +154,29 @@ class CoTrainConfig:
 
 @dataclass(frozen=True)
 class TrainerConfig:
+    """How a run is spread and watched. strategy: single, ddp or fsdp, on `devices` of each of `num_nodes` machines.
+
+    accumulate: backward passes an optimiser step; batch_size is divided by it and by the processes (vla/parallel.py).
+    activation_checkpointing: blocks are computed again in the backward pass. check_memory: refuse what cannot fit.
+    async_checkpoints: written by a thread while training goes on (vla/callbacks.py). on_nan: where a loss or gradient
+    is not finite, stop, or skip the step, at most max_skipped in all (vla/nonfinite.py).
+    """
+
     accelerator: str = "cpu"
+    strategy: str = "single"
     devices: int = 1
+    num_nodes: int = 1
+    accumulate: int = 1
+    activation_checkpointing: bool = False
+    check_memory: bool = True
     precision: str = "32-true"
     threads: int | None = None
     num_workers: int = 0
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    async_checkpoints: bool = False
+    on_nan: str = "stop"
+    max_skipped: int = 10
     log_every: int = 10
 
 
@@ -210,6 +226,8 @@ class EvaluateConfig:
     first_seed: int = 0
     threads: int | None = None
     device: str = "cpu"
+    shard: int | None = None  # of rollouts: this job's share, 0 … shards - 1 (envs/shards.py)
+    shards: int | None = None
     results_root: str = "results"
 
 
@@ -245,6 +263,17 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class CheckDataConfig:
+    """gripper, orientation, keys: of a LeRobot source, as for a conversion."""
+
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    gripper: str | None = None
+    orientation: str | None = None
+    keys: dict[str, str | None] = field(default_factory=lambda: {"static": None, "wrist": None})
+
+
+@dataclass(frozen=True)
 class ConvertWeightsConfig:
     baseline: str = MISSING
     source: str = MISSING
@@ -256,45 +285,11 @@ class ConvertWeightsConfig:
     allow_unexpected: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class ClientKeysConfig:
-    """Where a client's observation holds what the policy reads; "a/b" is that key, or b in the map at a.
-
-    cameras: per camera of the policy. state: null where the robot sends none (π0 needs one).
-    """
-
-    cameras: dict[str, str] = MISSING
-    state: str | None = None
-    prompt: str = MISSING
-
-
-@dataclass(frozen=True)
-class ServeConfig:
-    """scripts/serve.py. window_ms: how long a request waits for others to share its batch, if other clients are there.
-
-    execute_steps: actions of a chunk that a vla-eval client executes before its next observation is read. gripper: what
-    vla-eval's benchmark takes, open_01, close_positive or close_negative (vla/serving/harness.py).
-    """
-
-    policy: str = MISSING
-    host: str = "127.0.0.1"
-    port: int = 8000
-    openpi: ClientKeysConfig = field(default_factory=ClientKeysConfig)
-    vla_eval: ClientKeysConfig = field(default_factory=ClientKeysConfig)
-    execute_steps: int | None = None
-    gripper: str = "open_01"
-    max_batch: int = 16
-    window_ms: float = 5.0
-    max_message_mb: float = 16.0
-    max_clients: int = 64
-    threads: int | None = None
-    device: str = "cpu"
-
-
 PROGRAMS = {
     "train": TrainConfig,
     "evaluate": EvaluateConfig,
     "collect": CollectConfig,
+    "check_data": CheckDataConfig,
     "convert": ConvertConfig,
     "convert_weights": ConvertWeightsConfig,
     "serve": ServeConfig,
@@ -305,12 +300,12 @@ def register() -> None:
     """Make the dataclasses known to Hydra, under the names that the defaults lists in conf/ use."""
     store = ConfigStore.instance()
     for name, node in PROGRAMS.items():
-        store.store(name=f"schema_{name}", node=_open(node))
+        store.store(name=f"schema_{name}", node=open_schema(node))
     for name, node in POLICIES.items():
-        store.store(group="schema", name=name, node=_open(node), package="policy")
+        store.store(group="schema", name=name, node=open_schema(node), package="policy")
 
 
-def _open(node: type) -> DictConfig:
+def open_schema(node: type) -> DictConfig:
     """The schema of a frozen dataclass, writable while Hydra composes; `typed` gives the frozen object back."""
     schema = OmegaConf.structured(node)
 
@@ -332,32 +327,3 @@ def typed(cfg: DictConfig) -> Any:
         return OmegaConf.to_object(cfg)
     except FrozenInstanceError as error:
         raise UserError(f"{error}: there is no such key; remove it (+key=value adds nothing here)") from error
-
-
-# What may change between two launches of one run without making it another run.
-_NOT_IDENTITY = ("resume", "run_root", "logger", "time_limit_minutes", "cell")
-_NOT_IDENTITY_OF_DATA = ("workers",)
-_IDENTITY_OF_BENCHMARK = ("name", "family", "suite", "tasks", "cameras", "resolution")  # the rest is about rollouts
-_NOT_IDENTITY_OF_TRAINER = ("num_workers", "checkpoint_every", "keep_checkpoints", "log_every")
-
-
-def run_hash(cfg: TrainConfig) -> str:
-    """Eight hex digits that are a function of the resolved configuration alone, never of the clock or the machine."""
-    identity = {k: v for k, v in asdict(cfg).items() if k not in _NOT_IDENTITY}
-    identity["data"] = {k: v for k, v in identity["data"].items() if k not in _NOT_IDENTITY_OF_DATA}
-    # What came later and is off leaves no trace, so that runs made before it are found.
-    if not cfg.cotrain.enabled:
-        del identity["cotrain"]
-    if cfg.data.rewordings is None:
-        del identity["data"]["rewordings"]
-    off = asdict(IdeasConfig())
-    identity["policy"] = {k: v for k, v in identity["policy"].items() if k not in off or v != off[k]}
-    identity["benchmark"] = {k: v for k, v in identity["benchmark"].items() if k in _IDENTITY_OF_BENCHMARK}
-    identity["trainer"] = {k: v for k, v in identity["trainer"].items() if k not in _NOT_IDENTITY_OF_TRAINER}
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def run_dir(cfg: TrainConfig) -> Path:
-    """runs/<what it is>-<hash>: the same for every launch of the same configuration."""
-    name = f"{cfg.policy.name}-{cfg.size}-{cfg.arm}-{cfg.benchmark.name}-s{cfg.seed}-{run_hash(cfg)}"
-    return Path(cfg.run_root) / name

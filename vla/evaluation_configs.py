@@ -80,7 +80,10 @@ class Cifar10Config:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Rollouts: execute_steps … ensemble (envs/rollout.py). Probes: tap, features (keep, drop, off), probe."""
+    """Rollouts: execute_steps … ensemble (envs/rollout.py), compile (vla/compiled.py).
+
+    Probes: tap, features (keep, drop, off), probe.
+    """
 
     name: str = MISSING
     execute_steps: int | None = None
@@ -91,6 +94,7 @@ class EvaluationConfig:
     episode_timeout: float = 600.0
     videos: int = 0
     ensemble: Any = "policy"
+    compile: bool = False
     tap: str | None = None
     features: str = "keep"
     probe: ProbeConfig = field(default_factory=ProbeConfig)

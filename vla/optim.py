@@ -9,11 +9,14 @@ Schedules (`optim.schedule`), every one after `warmup` steps of linear warm-up:
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import lightning as L
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.swa_utils import get_ema_avg_fn
 from transformers import get_scheduler
 
 from vla.config import OptimConfig
@@ -25,13 +28,17 @@ TRISTAGE = (0.05, 0.1, 0.85)
 
 
 def make_optimizer(module: nn.Module, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; no decay where the name holds one of `cfg.no_decay`."""
+    """AdamW over the trainable parameters; no decay where the name holds one of `cfg.no_decay`.
+
+    On a GPU torch's fused kernel, which holds no temporaries of the weights' size.
+    """
     decay, plain = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             (plain if any(part in name for part in cfg.no_decay) else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)
+    fused = all(parameter.is_cuda for group in groups for parameter in group["params"]) or None
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=fused)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, cfg: OptimConfig, warmup: int, max_steps: int) -> LRScheduler:
@@ -80,16 +87,22 @@ def _cosine(progress: float, floor: float) -> float:
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+class Average(WeightAveraging):
+    """Leaves out the steps that were not taken (vla/nonfinite.py)."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *rest: Any) -> None:
+        if module.skipped_step != trainer.global_step - 1:
+            super().on_train_batch_end(trainer, module, *rest)
+
+
 def weight_average(cfg: OptimConfig) -> WeightAveraging | None:
     """The callback that keeps the exported weights' average, or None."""
     if cfg.ema and cfg.ema_power:
         raise UserError(f"optim.ema={cfg.ema} and optim.ema_power={cfg.ema_power} exclude each other; set one to 0")
     if cfg.ema:
-        return EMAWeightAveraging(decay=cfg.ema)
+        return Average(avg_fn=get_ema_avg_fn(cfg.ema))
     if cfg.ema_power:
-        return WeightAveraging(
-            avg_fn=lambda average, now, count: _towards(average, now, ema_decay(count, cfg.ema_power))
-        )
+        return Average(avg_fn=lambda average, now, count: towards(average, now, ema_decay(count, cfg.ema_power)))
     return None
 
 
@@ -98,6 +111,6 @@ def ema_decay(updates: Tensor | int, power: float, largest: float = 0.9999) -> T
     return (1 - (1 + torch.as_tensor(updates, dtype=torch.float64)) ** -power).clamp(0, largest)
 
 
-def _towards(average: Tensor, now: Tensor, decay: Tensor) -> Tensor:
+def towards(average: Tensor, now: Tensor, decay: Tensor) -> Tensor:
     """decay · average + (1 − decay) · now; integers (position ids, counters) are copied."""
     return torch.lerp(now, average, decay.to(now)) if now.is_floating_point() else now

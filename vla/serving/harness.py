@@ -19,10 +19,10 @@ from vla_eval.specs import GRIPPER_CLOSE_NEG, GRIPPER_CLOSE_POS
 from websockets.asyncio.server import ServerConnection
 
 from envs.benchmark import ACTION_SPEC, OBSERVATION_SPEC
-from vla.config import ClientKeysConfig
 from vla.ensemble import TemporalEnsembler
 from vla.errors import UserError
 from vla.serving.batching import Batcher
+from vla.serving.config import ClientKeysConfig
 from vla.serving.observation import read_observation
 from vla.serving.openpi import INTERNAL_ERROR, INVALID
 from vla.serving.wire import WireError, unpack

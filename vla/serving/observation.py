@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vla.config import ClientKeysConfig
+from vla.serving.config import ClientKeysConfig
 from vla.serving.wire import WireError
 
 MAX_PROMPT = 2000  # characters

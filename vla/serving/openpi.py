@@ -13,9 +13,9 @@ from typing import Any
 
 from websockets.asyncio.server import ServerConnection
 
-from vla.config import ClientKeysConfig
 from vla.errors import UserError
 from vla.serving.batching import Batcher
+from vla.serving.config import ClientKeysConfig
 from vla.serving.observation import read_observation
 from vla.serving.wire import WireError, pack, unpack
 

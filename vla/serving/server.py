@@ -25,10 +25,10 @@ from websockets.asyncio.server import serve as listen
 from websockets.exceptions import ConnectionClosed
 
 from envs.server import Predictor
-from vla.config import ServeConfig
 from vla.errors import UserError
 from vla.serving import harness, openpi
 from vla.serving.batching import Batcher
+from vla.serving.config import ServeConfig
 
 OPENPI, VLA_EVAL = "/", "/vla-eval"
 HEALTH = ("/healthz", "/health")
