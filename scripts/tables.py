@@ -127,7 +127,7 @@ def run(
     results, comparisons = tables.results_table(episodes, analyses), tables.comparison_table(episodes)
     out, over_seeds = console(), compare_over_seeds(episodes, analyses)
     show(out, results, comparisons, over_seeds)
-    show_chains(out, *chains_table(episodes))
+    show_chains(out, *chains_table(episodes), results)
     show_scores(out, protocol_scores(episodes), tables.titles(results))
     show_losses(out, load_losses(folder))
     show_representations(out, folder)
@@ -160,31 +160,37 @@ def show(console: Console, results: pd.DataFrame, comparisons: pd.DataFrame, ove
         caption += "\n" + ", ".join(f"{name}={value}" for name, value in conditions.items())
         shown = [c for c in text.columns[1:] if c in ("arm", "success rate") or (text[c][mine] != tables.NONE).any()]
         print_table(console, text.loc[mine, shown], title, caption)
+        benchmark, conditions = results.benchmark[mine].iloc[0], results.conditions[mine].iloc[0]
+        last = title == text.benchmark[results.benchmark == benchmark].iloc[-1]
+        wanted = over_seeds.conditions.isin({conditions, ""} if last else {conditions})  # "": of no conditions
+        methods = over_seeds[(over_seeds.benchmark == benchmark) & wanted]
+        if len(methods):
+            console.print("Of the arms, each training seed one observation:", style="bold")
+        for row in methods.itertuples():
+            console.print(f"{row.arm_a} vs {row.arm_b}, {row.measure}: {told(row)}: {row.verdict}", soft_wrap=True)
         pairs = compared[compared.benchmark == title]
         if len(pairs):
+            if len(methods):
+                console.print("Of these trained policies, their episodes taken together:", style="bold")
             shown = [c for c in pairs.columns[1:-1] if c != "Holm" or (pairs[c] != tables.NONE).any()]
             print_table(console, pairs[shown], None, "paired on shared (task, seed), difference = first - second")
             for row in pairs.itertuples():
                 console.print(f"{row.arms}: {row.verdict}")
             console.print(tables.PAIR_NOTE, style="dim")
-        benchmark, conditions = results.benchmark[mine].iloc[0], results.conditions[mine].iloc[0]
-        last = title == text.benchmark[results.benchmark == benchmark].iloc[-1]
-        wanted = over_seeds.conditions.isin({conditions, ""} if last else {conditions})  # "": of no conditions
-        for row in over_seeds[(over_seeds.benchmark == benchmark) & wanted].itertuples():
-            said = f"{row.arm_a} vs {row.arm_b}, {row.measure} over training seeds: {told(row)}: {row.verdict}"
-            console.print(said, soft_wrap=True)
         console.print()
 
 
-def show_chains(console: Console, results: pd.DataFrame, comparisons: pd.DataFrame) -> None:
+def show_chains(console: Console, found: pd.DataFrame, comparisons: pd.DataFrame, results: pd.DataFrame) -> None:
     """CALVIN's own numbers: SR 1-5 in percent and Avg. Len. with its interval, arms paired on the chains they share."""
     from rich.table import Table
 
-    from vla.analysis.statistics import format_interval, format_p
+    from vla.analysis import tables
+    from vla.analysis.statistics import format_interval
 
-    for benchmark, rows in results.groupby("benchmark") if len(results) else ():
+    for key, rows in found.groupby(tables.GROUP) if len(found) else ():
+        title = f"{tables.titles(results)[key]}, the first chains of the 1,000"
         caption = "SR k: share of chains with k subtasks done in a row, %; Avg. Len. with its 95 % interval over chains"
-        table = Table(title=f"{benchmark}, the first chains of the 1,000", caption=caption, title_justify="left")
+        table = Table(title=title, caption=caption, title_justify="left")
         for column in ("arm", "training seed", "chains", *(f"SR {k}" for k in range(1, 6)), "Avg. Len."):
             table.add_column(column)
         for row in rows.itertuples():
@@ -192,12 +198,10 @@ def show_chains(console: Console, results: pd.DataFrame, comparisons: pd.DataFra
             interval = f"{row.avg_len:.2f} {format_interval(row.low, row.high)}"
             table.add_row(row.arm, row.train_seed, str(row.n), *shares, interval)
         console.print(table)
-        for row in comparisons[comparisons.benchmark == benchmark].itertuples() if len(comparisons) else ():
+        mine = (comparisons.benchmark == key[0]) & (comparisons.conditions == key[1]) if len(comparisons) else []
+        for row in comparisons[mine].itertuples() if len(comparisons) else ():
             difference = f"{row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
-            better = row.arm_a if row.difference > 0 else row.arm_b
-            verdict = f"{better} is better" if row.p < 0.05 else "not distinguishable"
-            told = f"Avg. Len. {difference}, paired permutation {format_p(row.p)}, n = {row.n} chains: {verdict}"
-            console.print(f"{row.arm_a} vs {row.arm_b}: {told}")
+            console.print(f"{row.arm_a} vs {row.arm_b}: Avg. Len. {difference}: {row.verdict}", soft_wrap=True)
         console.print()
 
 

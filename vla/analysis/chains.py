@@ -6,13 +6,13 @@ Avg. Len. their mean (fact sheet calvin §3). Computed from `subtasks` of every 
 
 from __future__ import annotations
 
-from itertools import combinations
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from vla.analysis.statistics import mean_interval, rate_interval
+from vla.analysis.statistics import ALPHA, format_p, holm, mean_interval, rate_interval
+from vla.analysis.tables import GROUP, families_of_arms
 
 CHAIN = 5
 
@@ -49,31 +49,51 @@ def _rate(successes: int, n: int) -> dict[str, Any]:
 
 
 def chains_table(episodes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One row per (benchmark, arm, training seed), and one per pair of arms, of the chains among `episodes`.
+    """One row per (benchmark, conditions, arm, training seed), and one per pair of arms, of the chains in `episodes`.
 
     Args:
         episodes: the frame of vla.analysis.tables.load.
 
     Returns:
-        results, numbers: n, sr1 … sr5, avg_len, low, high (95 % BCa bootstrap over chains); comparisons: n (chains both
-        arms ran), difference of Avg. Len. with low and high (bootstrap over the paired differences) and p (paired
-        permutation, two-sided). Both empty where no record is a chain's.
+        results, numbers: n, sr1 … sr5, avg_len, low, high (95 % BCa bootstrap over chains); comparisons of the pairs of
+        tables.families_of_arms, runs of the same training seed paired: n (chains both arms ran), difference of Avg.
+        Len. with low and high (bootstrap over the paired differences), p (paired permutation, two-sided), p_holm (over
+        the pairs of a family; nan where it has one) and verdict. Both empty where no record is a chain's.
     """
-    chains = episodes[[bool(subtasks) for subtasks in episodes.subtasks]] if "subtasks" in episodes else episodes[:0]
-    chains = chains.assign(length=[length(subtasks) for subtasks in chains.subtasks]) if len(chains) else chains
+    chains = with_lengths(episodes)
+    if not len(chains):
+        return pd.DataFrame(), pd.DataFrame()
     results, comparisons = [], []
-    for (benchmark, arm, seed), rows in chains.groupby(["benchmark", "arm", "train_seed"]) if len(chains) else ():
+    for key, rows in chains.groupby([*GROUP, "arm", "train_seed"]):
         low, high = mean_interval(rows.length) if len(rows) > 1 else (np.nan, np.nan)
         shares = {f"sr{k}": float((rows.length >= k).mean()) for k in range(1, CHAIN + 1)}
         numbers = shares | {"avg_len": float(rows.length.mean()), "low": low, "high": high}
-        results.append({"benchmark": benchmark, "arm": arm, "train_seed": seed, "n": len(rows)} | numbers)
-    for benchmark, group in chains.groupby("benchmark") if len(chains) else ():
-        for a, b in combinations(sorted(set(group.arm)), 2):
-            pair = group[group.arm == a].merge(group[group.arm == b], on=["seed", "train_seed"])
-            if len(pair) > 1:
-                row = {"benchmark": benchmark, "arm_a": a, "arm_b": b}
-                comparisons.append(row | compare_lengths(pair.length_x.to_numpy(), pair.length_y.to_numpy()))
+        results.append(dict(zip([*GROUP, "arm", "train_seed"], key, strict=True)) | {"n": len(rows)} | numbers)
+    for key, group in chains.groupby(GROUP):
+        for family in families_of_arms(group):
+            rows = []
+            for a, b in family:
+                pair = group[group.arm == a].merge(group[group.arm == b], on=["seed", "train_seed"])
+                if len(pair) > 1:
+                    row = dict(zip(GROUP, key, strict=True)) | {"arm_a": a, "arm_b": b}
+                    rows.append(row | compare_lengths(pair.length_x.to_numpy(), pair.length_y.to_numpy()))
+            for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+                several = len(rows) > 1
+                comparisons.append(row | {"p_holm": p if several else np.nan, "verdict": _verdict(row, p, several)})
     return pd.DataFrame(results), pd.DataFrame(comparisons)
+
+
+def with_lengths(episodes: pd.DataFrame) -> pd.DataFrame:
+    """Those of the episodes that are chains, and the `length` of each."""
+    chains = episodes[[bool(subtasks) for subtasks in episodes.subtasks]] if "subtasks" in episodes else episodes[:0]
+    return chains.assign(length=[length(subtasks) for subtasks in chains.subtasks] if len(chains) else [])
+
+
+def _verdict(row: dict[str, Any], p: float, several: bool) -> str:
+    how = f"(paired permutation {format_p(p)}{', Holm' if several else ''}, n = {row['n']} chains)"
+    if p >= ALPHA:
+        return f"not distinguishable {how}"
+    return f"{row['arm_a'] if row['difference'] > 0 else row['arm_b']} is better {how}"
 
 
 def compare_lengths(a: np.ndarray, b: np.ndarray) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """What several training seeds say of a method: arms paired by training seed, one difference each, a t test over them.
 
 Two policies can be told apart by enough episodes (vla/analysis/tables.py) and still differ by the luck of training.
-Here the unit is a training run: the success rate on the episodes that both arms' runs of a seed share, and the numbers
-that an analysis of their encoders gives.
+Here the unit is a training run: the success rate (of chains also Avg. Len.) on the episodes that both arms' runs of a
+seed share, and the numbers that an analysis of their encoders gives.
 """
 
 from __future__ import annotations
@@ -10,11 +10,14 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from vla.analysis.chains import CHAIN, with_lengths
 from vla.analysis.resampling import over_seeds
 from vla.analysis.statistics import ALPHA, format_p, holm
 from vla.analysis.tables import GROUP, NONE, families_of_arms
 
-SUCCESS = "success rate"
+SUCCESS, AVG_LEN = "success rate", "Avg. Len."
+LARGEST = {SUCCESS: 1.0, AVG_LEN: float(CHAIN)}
+"""Differences that can be."""
 NAMES = {"cosine": "alignment, cosine", "scale": "alignment, scale", "probe": "state probe, mm"}
 COLUMNS = ["measure", "arm_a", "arm_b", "seeds", "differences", "difference", "low", "high", "p", "p_holm", "verdict"]
 
@@ -42,8 +45,8 @@ def compare_over_seeds(episodes: pd.DataFrame, analyses: pd.DataFrame) -> pd.Dat
         adjusted = iter(holm([p for *_, (_, _, p) in pairs if not np.isnan(p)]))
         for a, b, each, (low, high, p) in pairs:
             corrected = p if np.isnan(p) else next(adjusted)
-            if measure == SUCCESS:
-                low, high = max(low, -1.0), min(high, 1.0)
+            if most := LARGEST.get(measure):
+                low, high = max(low, -most), min(high, most)
             several, mean = len(pairs) > 1, float(np.mean(each))
             row = [measure, a, b, len(each), each, mean, low, high, p, corrected if several else np.nan]
             row.append(_verdict(a, b, measure, mean, corrected, len(each), several))
@@ -58,12 +61,14 @@ def told(row) -> str:
 
 
 def _rates(episodes: pd.DataFrame):
-    """((benchmark, conditions, measure), {arm: {training seed: success of each (task, seed)}}, families of arms)."""
-    for key, group in episodes[episodes.train_seed != NONE].groupby(GROUP, sort=True) if len(episodes) else ():
-        of_seed: dict[str, dict[str, pd.Series]] = {}
-        for (arm, seed), rows in group.groupby(["arm", "train_seed"]):
-            of_seed.setdefault(arm, {})[seed] = rows.set_index(["task", "seed"]).success.astype(float)
-        yield (*key, SUCCESS), of_seed, families_of_arms(group)
+    """((benchmark, conditions, measure), {arm: {training seed: value of each (task, seed)}}, families of arms)."""
+    trained = episodes[episodes.train_seed != NONE] if len(episodes) else episodes
+    for measure, column, frame in ((SUCCESS, "success", trained), (AVG_LEN, "length", with_lengths(trained))):
+        for key, group in frame.groupby(GROUP, sort=True) if len(frame) else ():
+            of_seed: dict[str, dict[str, pd.Series]] = {}
+            for (arm, seed), rows in group.groupby(["arm", "train_seed"]):
+                of_seed.setdefault(arm, {})[seed] = rows.set_index(["task", "seed"])[column].astype(float)
+            yield (*key, measure), of_seed, families_of_arms(group)
 
 
 def _analysed(analyses: pd.DataFrame):
@@ -89,4 +94,4 @@ def _verdict(a: str, b: str, measure: str, difference: float, p: float, seeds: i
     how = f"({format_p(p)}{', Holm' if several else ''}, {seeds} training seeds)"
     if p >= ALPHA:
         return f"not distinguishable {how}"
-    return f"{a if difference > 0 else b} {'better' if measure == SUCCESS else 'is higher'} {how}"
+    return f"{a if difference > 0 else b} {'better' if measure in LARGEST else 'is higher'} {how}"

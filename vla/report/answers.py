@@ -13,7 +13,6 @@ from vla.analysis.chains import chains_table
 from vla.analysis.probe_tables import compare_losses
 from vla.analysis.probe_tables import verdict as loss_verdict
 from vla.analysis.seed_tables import SUCCESS, compare_over_seeds
-from vla.analysis.statistics import ALPHA, format_p
 from vla.analysis.vqa_tables import compare_probes
 from vla.report.material import Material
 from vla.report.sheets import Sheet
@@ -51,10 +50,9 @@ class Answer:
 
 
 def answers(material: Material, results: pd.DataFrame, comparisons: pd.DataFrame) -> list[Answer]:
-    """Success first, then chains, probes, accuracies. Sentences are those that scripts/tables.py prints."""
-    found = _successes(material.episodes, results, comparisons) + _chains(material.episodes)
-    found += _over_seeds(material, results)
-    return found + _losses(material.losses) + _accuracies(material.accuracies)
+    """What training seeds say first, then success, chains, probes, accuracies; in the words of scripts/tables.py."""
+    found = _over_seeds(material, results) + _successes(material.episodes, results, comparisons)
+    return found + _chains(material.episodes, results) + _losses(material.losses) + _accuracies(material.accuracies)
 
 
 def _successes(episodes: pd.DataFrame, results: pd.DataFrame, comparisons: pd.DataFrame) -> list[Answer]:
@@ -75,7 +73,7 @@ def _over_seeds(material: Material, results: pd.DataFrame) -> list[Answer]:
     heading, found = tables.titles(results), []
     for row in compare_over_seeds(material.episodes, material.analyses).itertuples():
         where = heading.get((row.benchmark, row.conditions), row.benchmark)
-        what = "Success" if row.measure == SUCCESS else row.measure.capitalize()
+        what = "Success" if row.measure == SUCCESS else row.measure[0].upper() + row.measure[1:]
         told = f"{row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
         units = "of each seed: " + ", ".join(f"{difference:+.2f}" for difference in row.differences)
         question = f"{what} over training seeds: {where}"
@@ -88,18 +86,16 @@ def evaluation_of(conditions: str) -> str:
     return json.loads(conditions).get("evaluation", "rollout")
 
 
-def _chains(episodes: pd.DataFrame) -> list[Answer]:
+def _chains(episodes: pd.DataFrame, results: pd.DataFrame) -> list[Answer]:
     _, comparisons = chains_table(episodes)
-    found = []
+    heading, found = tables.titles(results), []
     for row in comparisons.itertuples():
-        better = row.arm_a if row.difference > 0 else row.arm_b
-        told = f"{better} is better" if row.p < ALPHA else "not distinguishable"
-        arms = [episodes[(episodes.benchmark == row.benchmark) & (episodes.arm == a)] for a in (row.arm_a, row.arm_b)]
-        seeds = len(set(arms[0].train_seed) & set(arms[1].train_seed) - {tables.NONE})
+        mine = episodes[(episodes.benchmark == row.benchmark) & (episodes.conditions == row.conditions)]
+        seeds = [set(mine[mine.arm == arm].train_seed) - {tables.NONE} for arm in (row.arm_a, row.arm_b)]
         difference = f"{row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
-        sentence = f"{told} (paired permutation {format_p(row.p)}, n = {row.n} chains)"
-        pair, units = (f"Avg. Len.: {row.benchmark}", row.arm_a, row.arm_b), f"{row.n} chains"
-        found.append(Answer(*pair, sentence, difference, units, str(seeds or tables.NONE)))
+        pair = f"Avg. Len.: {heading[row.benchmark, row.conditions]}", row.arm_a, row.arm_b
+        shared = str(len(seeds[0] & seeds[1]) or tables.NONE)
+        found.append(Answer(*pair, row.verdict, difference, f"{row.n} chains", shared))
     return found
 
 

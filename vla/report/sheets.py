@@ -35,7 +35,11 @@ class Sheet:
 
 def sheets(material: Material, results: pd.DataFrame, comparisons: pd.DataFrame) -> list[Sheet]:
     """All of them, in the page's order."""
-    found = [*_rollouts(results, comparisons), *_chains(material.episodes), *_scores(material.episodes, results)]
+    found = [
+        *_rollouts(results, comparisons),
+        *_chains(material.episodes, results),
+        *_scores(material.episodes, results),
+    ]
     found += [*_losses(material.losses), *_alignment(material.analyses)]
     return [*found, *_accuracies(material.accuracies), *_latencies(material)]
 
@@ -60,10 +64,10 @@ def _rollouts(results: pd.DataFrame, comparisons: pd.DataFrame) -> list[Sheet]:
     return found
 
 
-def _chains(episodes: pd.DataFrame) -> list[Sheet]:
-    results, _ = chains_table(episodes)
+def _chains(episodes: pd.DataFrame, results: pd.DataFrame) -> list[Sheet]:
+    chains, _ = chains_table(episodes)
     found = []
-    for benchmark, rows in results.groupby("benchmark") if len(results) else ():
+    for key, rows in chains.groupby(tables.GROUP) if len(chains) else ():
         columns = ["arm", "training seed", "chains", *(f"SR {k}, %" for k in range(1, CHAIN + 1)), "Avg. Len."]
         cells = [
             [row.arm, row.train_seed, str(row.n)]
@@ -72,7 +76,7 @@ def _chains(episodes: pd.DataFrame) -> list[Sheet]:
             for row in rows.itertuples()
         ]
         caption = "SR k: share of chains with k subtasks done in a row; Avg. Len. with its 95 % interval over chains"
-        found.append(Sheet(f"Chains: {benchmark}", columns, cells, caption))
+        found.append(Sheet(f"Chains: {tables.titles(results)[key]}", columns, cells, caption))
     return found
 
 
