@@ -174,11 +174,14 @@ def measure(cfg: EvaluateConfig) -> dict:
     store = demonstrations(cfg, policy, about)
     of = {"alignment": alignment_of, "ridge_probe": ridge_probe_of}[cfg.evaluation.name]
     header = identity(cfg, about, checkpoint) | {"tap": policy.tap, "data_hash": store.meta.content_hash}
-    result = header | {"evaluation": cfg.evaluation.name} | of(policy, store, cfg.device)
+    scores, pairs = of(policy, store, cfg.device)
+    result = header | {"evaluation": cfg.evaluation.name} | scores
     out = folder(cfg, header)
     out.mkdir(parents=True, exist_ok=True)
-    from vla.files import write_atomic
+    from vla.files import write_arrays, write_atomic
 
+    if pairs:  # what scripts/report.py draws
+        write_arrays(out / f"{cfg.evaluation.name}_pairs.npz", pairs)
     write_atomic(out / f"{cfg.evaluation.name}.json", json.dumps(result, indent=2))
     print_estimates(about["arm"], result, ("mae_mm", "cosine", "scale"), "", out)
     return result

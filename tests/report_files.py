@@ -83,6 +83,9 @@ def write_analyses(folder: Path, arm: str, seed: int, place: int, rng: np.random
         scores[metric] = {"value": value, "low": value - 0.03, "high": value + 0.03, "n": 6000}
     about = header(arm, seed, tap="post_projector")
     write_json(folder, "alignment.json", about | scores | {"evaluation": "alignment"})
+    pose, pixel, noise = rng.random((3, 600))
+    distances = {"cosine": place * pose + pixel + noise, "scale": noise, "pose": pose, "pixel": pixel}
+    np.savez(folder / "alignment_pairs.npz", **distances)
     error = {"value": 9.0 - place, "low": 8.5 - place, "high": 9.5 - place, "n": 12}
     write_json(folder, "ridge_probe.json", about | {"mae_mm": error, "evaluation": "ridge_probe"})
     curve = (0.3 * np.exp(-np.arange(200) / 60) + 0.05 + 0.01 * rng.random(200)).round(5).tolist()

@@ -131,6 +131,10 @@ def test_alignment_equals_a_naive_computation_on_the_same_pairs():
         assert estimate["value"] == pytest.approx(naive_partial_spearman(feature, pose, pixel), abs=1e-9)
         assert estimate["low"] < estimate["value"] < estimate["high"]
         assert estimate["n"] == len(pairs)
+    distances = [result.distances[name].astype(float) for name in ("cosine", "pose", "pixel")]
+    assert {len(of) for of in result.distances.values()} == {600}
+    assert al.partial_spearman(*distances) == pytest.approx(result.cosine.value, abs=1e-4)  # kept in float32: ties
+    assert np.corrcoef(*al.residual_ranks(*distances))[0, 1] == pytest.approx(al.partial_spearman(*distances))
     assert result.pairs_per_gap == {1: 100, 2: 100, 4: 100, 8: 100, 16: 100, 32: 100}
     assert al.alignment(features, poses, frames, segments, per_gap=100, seed=5) == result
 

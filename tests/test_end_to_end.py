@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 
@@ -116,8 +117,14 @@ def test_probes_write_what_tables_read(policy, tmp_path):
         (file,) = (tmp_path / "results").rglob(f"{name}.json")
         content = json.loads(file.read_text())
         assert content["arm"] == "ptr" and content[key]["low"] <= content[key]["value"] <= content[key]["high"]
+    with np.load(file.with_name("alignment_pairs.npz"), allow_pickle=False) as pairs:
+        assert {name: len(of) for name, of in pairs.items()} == dict.fromkeys(
+            ("cosine", "scale", "pose", "pixel"), content["cosine"]["n"]
+        )
     table = run(tmp_path, "scripts/tables.py", "results")
     assert table.returncode == 0 and "ptr" in table.stdout
+    page = run(tmp_path, "scripts/report.py", "results")
+    assert page.returncode == 0 and "Frame pairs, cosine distance" in (tmp_path / "report.html").read_text()
 
 
 CASES = {

@@ -25,9 +25,11 @@ from scripts.tables import main as tables_main
 from tests.report_files import ARMS, SEEDS, TASKS, header, write_json, write_results, write_rollouts, write_runs
 from tests.test_simpler_tables import write_run as write_simpler
 from vla.cli import compose_config
+from vla.errors import UserError
 from vla.report import pictures
 from vla.report.answers import Answer, main_pairs
 from vla.report.drawing import Looks, draw, plain
+from vla.report.page import write_page
 
 CHANGES = {
     "inverse_dynamics.weight": 0.3,
@@ -104,6 +106,7 @@ def test_every_section_has_its_content(page):
         "behaviour-cloning probe on frozen tokens: libero_goal",
         "state probe on frozen tokens: libero_goal",
         "State-feature alignment: libero_goal",
+        "Frame pairs, cosine distance: libero_goal, vlm4vla",
         "Alignment and success, a point per trained policy: libero_goal",
         "Success per task: libero_goal",
         "Success per task: calvin_abc_d",
@@ -111,7 +114,7 @@ def test_every_section_has_its_content(page):
         "CIFAR-10: vlm4vla",
     ):
         assert title in page.text
-    assert page.count("svg") == 12  # those and the differences of CALVIN
+    assert page.count("svg") == 13  # those and the differences of CALVIN
     images = [attributes["src"].split(",")[0] for tag, attributes in page.elements if tag == "img"]
     assert images.count("data:image/jpeg;base64") == 6 * len(ARMS)
     assert images.count("data:image/png;base64") == len(ARMS) * len(SEEDS)
@@ -201,6 +204,15 @@ def test_what_is_missing_is_said(tmp_path):
     assert "missing: no training runs" in report(results, f"runs={results}").text
 
 
+def test_damaged_distances_of_pairs_are_named(tmp_path):
+    results = tmp_path / "results"
+    write_results(results, seeds=(0,))
+    (path := next(results.rglob("alignment_pairs.npz"))).write_bytes(path.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"alignment_pairs\.npz is damaged .* evaluate again"):
+        write_page(results, tmp_path / "runs", tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
 SCORE = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 100}
 
 
@@ -214,7 +226,7 @@ def test_names_from_files_stay_text(tmp_path):
     assert shown.count("script") == shown.count("style") == 1
     assert not any("onerror" in attributes or attributes.get("src") == "x" for _, attributes in shown.elements)
     assert "<script>alert(1)</script>" in shown.text and "{{ 7*7 }}" in shown.text
-    assert shown.count("svg") == 12 and "$x^" in shown.text and "_a" in shown.text
+    assert shown.count("svg") == 13 and "$x^" in shown.text and "_a" in shown.text
 
 
 @settings(max_examples=15, deadline=None)

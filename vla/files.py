@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from vla.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class Locked(UserError):
@@ -60,6 +64,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """An .npz of numbers, as `write_atomic`."""
+    import numpy as np
+
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    write_atomic(path, content.getvalue())
 
 
 @contextmanager

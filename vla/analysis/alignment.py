@@ -5,13 +5,13 @@ correlation of the first two with the third partialled out, so that an encoder c
 change. Numpy only: the caller brings mean-pooled features, poses and frames.
 
     result = alignment(features, poses, frames, segments=[(0, 71), (71, 140)])
-    json.dumps(asdict(result))       # {"cosine": {"value", "low", "high", "n"}, "scale": {...}, "pairs_per_gap": {...}}
+    result.cosine.value, result.scale.low, result.pairs_per_gap, result.distances["pose"]
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.stats import bootstrap, rankdata
@@ -36,6 +36,8 @@ class AlignmentResult:
     cosine: Estimate
     scale: Estimate
     pairs_per_gap: dict[int, int]
+    distances: dict[str, np.ndarray] = field(compare=False)
+    """Of each pair: "cosine", "scale", "pose", "pixel", float32 (P,)."""
 
 
 def alignment(
@@ -81,10 +83,13 @@ def alignment(
     pixel = pixel_distance(small[position[:, 0]], small[position[:, 1]])
 
     gap_of_pair, counts = np.unique(j - i, return_counts=True)
+    cosine, scale = cosine_distance(features[i], features[j]), scale_distance(features[i], features[j])
+    distances = {"cosine": cosine, "scale": scale, "pose": pose, "pixel": pixel}
     return AlignmentResult(
-        cosine=_estimate(cosine_distance(features[i], features[j]), pose, pixel, rng),
-        scale=_estimate(scale_distance(features[i], features[j]), pose, pixel, rng),
+        cosine=_estimate(cosine, pose, pixel, rng),
+        scale=_estimate(scale, pose, pixel, rng),
         pairs_per_gap={int(gap): int(count) for gap, count in zip(gap_of_pair, counts, strict=True)},
+        distances={name: values.astype(np.float32) for name, values in distances.items()},
     )
 
 
@@ -162,6 +167,19 @@ def partial_spearman(feature: np.ndarray, pose: np.ndarray, pixel: np.ndarray, a
     Returns:
         in [-1, 1]; nan where a distance is constant or fully determined by the pixel distance.
     """
+    feature, pose = residual_ranks(feature, pose, pixel, axis)
+    norm = np.sqrt((feature**2).sum(axis=axis) * (pose**2).sum(axis=axis))
+    return (feature * pose).sum(axis=axis) / norm
+
+
+def residual_ranks(
+    feature: np.ndarray, pose: np.ndarray, pixel: np.ndarray, axis: int = -1
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is left of the ranks of feature and pose distances where those of pixel distances do not explain them.
+
+    Returns:
+        both around 0, in ranks; nan where a distance is constant or fully determined by the pixel distance.
+    """
     ranks = [rankdata(x, axis=axis) for x in (feature, pose, pixel)]
     feature, pose, pixel = (rank - rank.mean(axis=axis, keepdims=True) for rank in ranks)
 
@@ -172,9 +190,7 @@ def partial_spearman(feature: np.ndarray, pose: np.ndarray, pixel: np.ndarray, a
         left = (rest**2).sum(axis=axis, keepdims=True) > 1e-12 * (x**2).sum(axis=axis, keepdims=True)
         return np.where(left, rest, np.nan)  # what is left of a dependent x is rounding
 
-    feature, pose = residual(feature), residual(pose)
-    norm = np.sqrt((feature**2).sum(axis=axis) * (pose**2).sum(axis=axis))
-    return (feature * pose).sum(axis=axis) / norm
+    return residual(feature), residual(pose)
 
 
 def _estimate(feature: np.ndarray, pose: np.ndarray, pixel: np.ndarray, rng: np.random.Generator) -> Estimate:

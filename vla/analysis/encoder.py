@@ -32,22 +32,29 @@ def mean_features(policy: Policy, store: FrameStore, device: str, batch_size: in
     return np.concatenate(features)
 
 
-def alignment_of(policy: Policy, store: FrameStore, device: str) -> dict:
-    """State-feature alignment; a segment is a window, where one instruction holds; gaps count stored frames."""
+def alignment_of(policy: Policy, store: FrameStore, device: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """State-feature alignment; a segment is a window, where one instruction holds; gaps count stored frames.
+
+    Returns:
+        the scores, and the distances of each pair of frames.
+    """
     bounds = np.searchsorted(store.sample_window, np.arange(len(store.windows) + 1))
     segments = [(int(start), int(end)) for start, end in itertools.pairwise(bounds)]
     poses = store.states[store.samples, :6]
-    return asdict(alignment(mean_features(policy, store, device), poses, _Frames(store, policy.cameras[0]), segments))
+    frames = _Frames(store, policy.cameras[0])
+    result = alignment(mean_features(policy, store, device), poses, frames, segments)
+    scores = {"cosine": asdict(result.cosine), "scale": asdict(result.scale), "pairs_per_gap": result.pairs_per_gap}
+    return scores, result.distances
 
 
-def ridge_probe_of(policy: Policy, store: FrameStore, device: str) -> dict:
+def ridge_probe_of(policy: Policy, store: FrameStore, device: str) -> tuple[dict, dict[str, np.ndarray]]:
     """Ridge probe of the end effector's position, scored on the last 30 % of the demonstrations.
 
     Held out means held out of the probe: the encoder was trained on all of them.
     """
     episodes = store.episode_of[store.samples]
     held_out = episodes >= round((1 - HELD_OUT) * len(store.episodes))
-    return ridge_probe(mean_features(policy, store, device), store.states[store.samples], ~held_out, episodes)
+    return ridge_probe(mean_features(policy, store, device), store.states[store.samples], ~held_out, episodes), {}
 
 
 class _Frames:

@@ -21,6 +21,7 @@ from vla.report.answers import Answer, answers, main_pairs, overview
 from vla.report.drawing import Looks, Picture
 from vla.report.films import strips
 from vla.report.material import Material, load
+from vla.report.pairs import pair_scatter
 from vla.report.sheets import coverage, sheets
 
 FOLDER = Path(__file__).parent
@@ -111,8 +112,11 @@ def _figures(material: Material, results, looks: Looks) -> list[tuple[str, str, 
         ),
         (
             "State-feature alignment",
-            f"Higher: distances of features follow distances of robot poses (IDL Fig. 1c). {bars}",
-            pictures.alignment_bars(material.analyses, looks) + pictures.alignment_scatter(results, looks),
+            f"Higher: distances of features follow distances of robot poses (IDL Fig. 1c). {bars} Points: some of the "
+            "pairs of frames; line: the median of each tenth of all pairs, which rises where features follow poses.",
+            pictures.alignment_bars(material.analyses, looks)
+            + pair_scatter(material.evaluations, looks)
+            + pictures.alignment_scatter(results, looks),
         ),
         (
             "Success per task",
