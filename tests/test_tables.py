@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,17 @@ def test_unequal_conditions_are_neither_pooled_nor_paired(tmp_path):
         "libero_goal (start_displacement=0.05)"
     ]
     assert any("renderer (egl; osmesa)" in note for note in tables.notes(episodes, results))
+
+
+def test_analyses_stand_beside_the_policies_own_rollouts(tmp_path):
+    write_run(tmp_path / "a", "ptr", PTR)
+    write_run(tmp_path / "b", "ptr", VANILLA, evaluation="bc_probe")
+    write_analyses(tmp_path / "c", "ptr", 7.4, 0.8)
+    for folder, shown in (("a", {"libero_goal (evaluation=rollout)"}), (None, {"libero_goal"})):
+        text = tables.printable(tables.results_table(*tables.load(tmp_path)))
+        assert set(text.benchmark[text["alignment, cosine"] != tables.NONE]) == shown
+        if folder:
+            shutil.rmtree(tmp_path / folder)
 
 
 def test_missing_counts_follow_the_records(tmp_path):

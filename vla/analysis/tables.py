@@ -69,7 +69,7 @@ def results_table(episodes: pd.DataFrame, analyses: pd.DataFrame) -> pd.DataFram
         scale the columns <metric>, <metric>_low, <metric>_high, <metric>_n; nan where not measured. A pooled row
         counts the episodes of all seeds and averages the analyses, without an interval.
     """
-    conditions = {b: sorted(set(rows.conditions)) for b, rows in episodes.groupby("benchmark")}
+    conditions = {b: _of_policies(sorted(set(rows.conditions))) for b, rows in episodes.groupby("benchmark")}
     analyses = analyses.assign(conditions=[conditions.get(b, ["{}"]) for b in analyses.benchmark]).explode("conditions")
     arm = [*GROUP, "arm"]
     keys = pd.concat([episodes[[*arm, "train_seed"]], analyses[[*arm, "train_seed"]]]).drop_duplicates()
@@ -91,6 +91,11 @@ def results_table(episodes: pd.DataFrame, analyses: pd.DataFrame) -> pd.DataFram
     counts = [column for column in rate + measured if column.endswith(("successes", "n", "missing"))]
     results = pd.DataFrame(table).reindex(columns=[*arm, "train_seed", *rate, *measured])
     return results.astype(dict.fromkeys(counts, "Int64"))
+
+
+def _of_policies(conditions: list[str]) -> list[str]:
+    """Where a policy's analyses stand: beside its own rollouts, and beside those of cloned heads only without them."""
+    return [of for of in conditions if "evaluation" not in json.loads(of)] or conditions
 
 
 def comparison_table(episodes: pd.DataFrame) -> pd.DataFrame:
