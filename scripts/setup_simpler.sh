@@ -18,8 +18,14 @@ fetch_lavapipe() {
     mkdir -p "$root"/{lists,cache,packages}
     chmod 755 "$root" "$root"/*
     # A package list of its own, so that nothing else on the machine is offered a backport.
-    local key=/usr/share/keyrings/debian-archive-keyring.gpg
-    echo "deb [signed-by=$key] http://deb.debian.org/debian bookworm-backports main" >"$root/sources.list"
+    # The mirror is the one that this machine's own packages come from.
+    local key=/usr/share/keyrings/debian-archive-keyring.gpg from
+    from=$(apt-get indextargets --format '$(REPO_URI) $(RELEASE)' 'Created-By: Packages' | sed -n 's/ bookworm$//p' | head -n 1)
+    if [ -z "$from" ]; then
+        echo "error: no Vulkan device, and this is not Debian 12, whose backports have a software one; install one" >&2
+        exit 2
+    fi
+    echo "deb [signed-by=$key] $from bookworm-backports main" >"$root/sources.list"
     local apt=(apt-get -qq -o Dir::Etc::sourcelist="$root/sources.list" -o Dir::Etc::sourceparts=/dev/null
         -o Dir::State::lists="$root/lists" -o Dir::Cache="$root/cache"
         -o Debug::NoLocking=true -o APT::Sandbox::User="$(id -un)")

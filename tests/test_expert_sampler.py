@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.test_pi0 import build, observation
+from tests.pi0_reference import build, observation
 from vla.baselines.pi0 import Pi0
 from vla.expert_sampler import ExpertSampler
 from vla.flow import euler

@@ -27,11 +27,6 @@ TEXT = dict(
 DIT = dict(dim=64, heads=4, layers=2, low_rank=16)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def normalizer(scheme: str = "none") -> ActionNormalizer:
     actions = np.random.default_rng(0).uniform(-1, 1, (200, 7))
     return ActionNormalizer(ActionStatistics.of(actions), scheme)

@@ -1,4 +1,4 @@
-"""π0 against the fact sheet (§7, golden numbers of §10, checklist of §14) and a plain forward pass written here."""
+"""π0 against the fact sheet (§7, golden numbers of §10, checklist of §14) and tests/pi0_reference.py's plain pass."""
 
 from __future__ import annotations
 
@@ -7,179 +7,24 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration, SiglipVisionConfig
 
-from data.normalization import ActionNormalizer, ActionStatistics
+from tests.pi0_reference import (
+    batch,
+    build,
+    frames,
+    naive_of_row,
+    naive_siglip,
+    observation,
+    time_embedding,
+)
 from vla.baselines.pi0 import Pi0, resize_with_pad
-from vla.build import of_build
-from vla.checkpoint import export_policy, load_policy
-from vla.cli import compose_config
 from vla.errors import UserError
 from vla.flow import beta_times, interpolate
-from vla.optim import cosine_floor
-from vla.tokenizer import byte_tokenizer
-from vla.training import policy_arguments
-
-VISION = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, patch_size=14)
-TEXT = dict(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1, head_dim=8
-)  # fmt: skip
-EXPERT = dict(hidden_size=16, intermediate_size=24)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two threads on tensors of a few kilobytes wait for each other, and for whoever else uses the machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def normalizer(scheme: str = "zscore") -> ActionNormalizer:
-    rng = np.random.default_rng(0)
-    actions = rng.uniform(-1, 1, (400, 7))
-    actions[:, 6] = actions[:, 6] > 0
-    return ActionNormalizer(ActionStatistics.of(actions, rng.normal(1, 2, (400, 8))), scheme)
-
-
-def arguments(**changes) -> dict:
-    return dict(
-        vision_config=VISION, text_config=TEXT, expert_config=EXPERT, chunk=5, cameras=["static", "wrist"],
-        image_size=28, state_dim=10, action_dim=9, flow_steps=10, max_text_tokens=40, tap="pre_projector",
-        gripper=[0.5, 0.5],
-    ) | changes  # fmt: skip
-
-
-def build(scheme: str = "zscore", **changes) -> Pi0:
-    torch.manual_seed(0)
-    policy = Pi0.build(normalizer(scheme), **arguments(**changes)).eval()
-    for parameter in policy.parameters():  # initial weights of 0.02 and norms of 0 would hide most mistakes
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    return policy
 
 
 @pytest.fixture(scope="module")
 def policy() -> Pi0:
     return build()
-
-
-def frames(count: int = 2, size: int = 28, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
-
-
-def observation(instructions=("open", "put the bowl on the plate"), size: int = 28) -> dict:
-    count = len(instructions)
-    return {
-        "images": {"static": frames(count, size, 1), "wrist": frames(count, size, 2)},
-        "state": torch.randn(count, 8, generator=torch.Generator().manual_seed(3)),
-        "instruction": list(instructions),
-        "seed": torch.arange(count),
-        "step": torch.full((count,), 4),
-    }
-
-
-def batch(valid=((1, 1, 1, 1, 1), (1, 1, 0, 0, 0))) -> dict:
-    actions = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(4))
-    actions[..., 6] = actions[..., 6].round()
-    return observation() | {"actions": actions, "action_valid": torch.tensor(valid) > 0}
-
-
-# The model once more, plainly: one row at a time, no padding, no cache, one joint attention over both sets of weights.
-
-
-def linear(w: dict, name: str, x):
-    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
-
-
-def layer_norm(w: dict, name: str, x):
-    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
-    return x * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-
-def gelu(x):
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def rms_norm(w: dict, name: str, x):
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * (1 + w[f"{name}.weight"])
-
-
-def rotate(x, positions):
-    """x (L, heads, d): halves (a, b) turned by position · 10000^(−2i/d)."""
-    half = x.shape[-1] // 2
-    angle = positions[:, None, None] * 10000.0 ** (-torch.arange(half) / half)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
-
-
-def naive_siglip(w: dict, frame) -> torch.Tensor:
-    """(tokens, hidden) of one uint8 frame, last norm included."""
-    w = {k.removeprefix("model.vlm.vision_tower."): v for k, v in w.items()}
-    kernel = w["embeddings.patch_embedding.weight"].flatten(1)
-    pixels, tokens, size = frame.to(kernel.dtype) / 127.5 - 1, [], 14
-    for row in range(frame.shape[1] // size):
-        for col in range(frame.shape[2] // size):
-            patch = pixels[:, row * size : (row + 1) * size, col * size : (col + 1) * size]
-            tokens.append(kernel @ patch.flatten() + w["embeddings.patch_embedding.bias"])
-    x = torch.stack(tokens) + w["embeddings.position_embedding.weight"]
-    for index in range(3):
-        at = f"encoder.layers.{index}."
-        y = layer_norm(w, at + "layer_norm1", x)
-        q, k, v = (linear(w, f"{at}self_attn.{n}_proj", y).unflatten(-1, (2, -1)) for n in "qkv")
-        weights = torch.einsum("qhd,khd->hqk", q, k).div(math.sqrt(q.shape[-1])).softmax(-1)
-        x = x + linear(w, at + "self_attn.out_proj", torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
-        y = gelu(linear(w, at + "mlp.fc1", layer_norm(w, at + "layer_norm2", x)))
-        x = x + linear(w, at + "mlp.fc2", y)
-    return layer_norm(w, "post_layernorm", x)
-
-
-def naive_velocity(policy: Pi0, images: list, ids: list[int], state, x, t: float) -> torch.Tensor:
-    """(H, action_dim) for one sample: frames in the cameras' order, padded state (S,), x (H, action_dim)."""
-    w = {k: v.double() for k, v in policy.pi0.state_dict().items()}
-    state, x = state.double(), x.double()
-    prefix = [linear(w, "model.vlm.multi_modal_projector.linear", naive_siglip(w, image)) for image in images]
-    prefix.append(w["model.vlm.language_model.embed_tokens.weight"][ids] * math.sqrt(32))
-    prefix = torch.cat(prefix)
-
-    at, time = "embed_action_time.", time_embedding(policy, t).double().expand(len(x), -1)
-    hidden = linear(w, at + "action_time_mlp_in", torch.cat([linear(w, at + "action_in_proj", x), time], -1))
-    actions = linear(w, at + "action_time_mlp_out", hidden * hidden.sigmoid())
-    streams = [prefix, torch.cat([linear(w, at + "state_proj", state)[None], actions])]
-
-    p, total = len(prefix), len(prefix) + 1 + len(x)
-    block = torch.tensor([0] * p + [1] + [2] * len(x))
-    sees = block[:, None] >= block[None, :]
-    positions = torch.arange(total)
-    for index in range(3):
-        names = [f"model.vlm.language_model.layers.{index}.", f"model.dit.layers.{index}."]
-        normed = [rms_norm(w, n + "input_layernorm", s) for n, s in zip(names, streams, strict=True)]
-        q, k, v = (
-            torch.cat([linear(w, f"{n}self_attn.{kind}_proj", y) for n, y in zip(names, normed, strict=True)])
-            for kind in "qkv"
-        )
-        q, k = rotate(q.unflatten(-1, (4, 8)), positions), rotate(k.unflatten(-1, (1, 8)), positions)
-        scores = torch.einsum("qhd,kd->hqk", q, k[:, 0]) / math.sqrt(8)
-        mixed = torch.einsum("hqk,kd->qhd", scores.masked_fill(~sees, -math.inf).softmax(-1), v).flatten(1)
-        parts = [mixed[:p], mixed[p:]]
-        streams = [s + linear(w, n + "self_attn.o_proj", m) for n, s, m in zip(names, streams, parts, strict=True)]
-        for i, n in enumerate(names):
-            y = rms_norm(w, n + "post_attention_layernorm", streams[i])
-            y = gelu(linear(w, n + "mlp.gate_proj", y)) * linear(w, n + "mlp.up_proj", y)
-            streams[i] = streams[i] + linear(w, n + "mlp.down_proj", y)
-    return linear(w, "action_out_proj", rms_norm(w, "model.dit.norm", streams[1])[1:])
-
-
-def time_embedding(policy: Pi0, t: float) -> torch.Tensor:
-    return policy.pi0.embed_action_time.sinusoid_embeds(torch.tensor([t], dtype=torch.float32))[0]
-
-
-def naive_of_row(policy: Pi0, seen: dict, row: int, state, x, t: float) -> torch.Tensor:
-    ids, valid = policy.tokenize([seen["instruction"][row]], torch.device("cpu"))
-    assert valid.all()
-    images = [seen["images"][camera][row] for camera in policy.cameras]
-    return naive_velocity(policy, images, ids[0].tolist(), state, x, t)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -449,104 +294,6 @@ def test_too_wide_a_state_is_named():
     policy = build(state_dim=6)
     with pytest.raises(UserError, match=r"policy\.state_dim=6"):
         policy.predict(observation())
-
-
-def test_full_size_is_the_papers():
-    """§7.1: SigLIP 27 × 1152, Gemma 18 × 2048, expert 18 × 1024 with about 311 M weights, 256 tokens a camera."""
-    cfg = compose_config("train", "baseline=pi0", "size=full")
-    assert cfg.policy.pretrained == "google/paligemma-3b-pt-224"
-    vision = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14)
-    text = dict(
-        hidden_size=2048, intermediate_size=16384, num_hidden_layers=18, num_attention_heads=8, num_key_value_heads=1,
-        vocab_size=257152,
-    )  # fmt: skip
-    given = of_build(policy_arguments(cfg)) | {"pretrained": None, "vision_config": vision, "text_config": text}
-    with torch.device("meta"):
-        policy = Pi0.build(normalizer(), **given)
-    pi0 = policy.pi0
-
-    def count(module) -> int:
-        return sum(p.numel() for p in module.parameters())
-
-    assert count(pi0.model.dit) == 18 * (1024 * 2048 * 2 + 2 * 1024 * 256 + 3 * 1024 * 4096 + 2 * 1024) + 1024
-    assert count(pi0.model.dit) == pytest.approx(311e6, rel=0.01)
-    assert count(pi0.model.vlm) == pytest.approx(2.923e9, rel=0.001)
-    tower = pi0.model.vlm.vision_tower
-    assert tower.embeddings.num_positions == 256 and len(tower.encoder.layers) == 27 and not hasattr(tower, "head")
-    shapes = {name: tuple(p.shape) for name, p in pi0.named_parameters() if not name.startswith("model.")}
-    assert {name: shape for name, shape in shapes.items() if name.endswith("weight")} == {
-        "embed_action_time.action_in_proj.weight": (1024, 32), "embed_action_time.state_proj.weight": (1024, 32),
-        "embed_action_time.action_time_mlp_in.weight": (1024, 2048), "action_out_proj.weight": (32, 1024),
-        "embed_action_time.action_time_mlp_out.weight": (1024, 1024),
-    }  # fmt: skip
-
-
-def test_hyperparameters_are_openpis():
-    cfg = compose_config("train", "baseline=pi0", "size=full", "ablation=ptr")
-    optim = cfg.optim
-    assert (optim.lr, tuple(optim.betas), optim.weight_decay, optim.ema) == (2.5e-5, (0.9, 0.95), 1e-10, 0.99)
-    assert (cfg.batch_size, cfg.max_steps, cfg.normalization) == (32, 30000, "zscore")
-    rate = [optim.lr * cosine_floor(s, optim.warmup_steps, cfg.max_steps, optim.min_lr_ratio) for s in (0, 1000, 30000)]
-    assert rate == pytest.approx([2.5e-5 / 1001, 2.5e-5, 2.5e-6])
-    assert cfg.augment.crop == {"static": pytest.approx(0.95**2)} and cfg.augment.rotation == {"static": 5}
-    assert (cfg.policy.flow_steps, cfg.policy.max_text_tokens, cfg.policy.action_dim) == (10, 48, 32)
-
-
-def test_tiny_learns_a_batch_by_heart():
-    """Seconds of training on four samples: the loss falls and the sampled actions come near the batch's."""
-    cfg = compose_config("train", "baseline=pi0", "size=tiny")
-    torch.manual_seed(0)
-    policy = Pi0.build(normalizer("q99"), **of_build(policy_arguments(cfg)) | {"chunk": 2})
-    data = observation(("open", "close", "put the bowl on the plate", "push"), size=56)
-    actions = torch.rand(4, 2, 7) * 1.6 - 0.8
-    actions[..., 6] = (actions[..., 6] > 0).float()
-    data |= {"actions": actions, "action_valid": torch.ones(4, 2, dtype=torch.bool)}
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=240, pct_start=0.1)
-    losses = []
-    for _ in range(240):
-        loss = policy.loss(data, policy.encode_images(data["images"]))["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    assert np.mean(losses[-10:]) < np.mean(losses[:5]) / 10
-    predicted = policy.eval().predict(data)
-    assert (predicted - actions)[..., :6].abs().mean() < 0.35 * actions[..., :6].abs().mean()
-    assert torch.equal(predicted[..., 6], actions[..., 6])
-
-
-def test_from_pretrained_and_export_round_trip(tmp_path):
-    """The released-weights path, on a small PaliGemma saved here: load, export, load again without the source."""
-    tokenizer = byte_tokenizer()
-    tokenizer.bos_token = "<|im_start|>"
-    text = GemmaConfig(**TEXT, vocab_size=len(tokenizer))
-    vision = SiglipVisionConfig(**VISION, image_size=28, vision_use_head=False)
-    config = PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=32)
-    torch.manual_seed(1)
-    vlm = PaliGemmaForConditionalGeneration(config)
-    vlm.save_pretrained(tmp_path / "released")
-    tokenizer.save_pretrained(tmp_path / "released")
-    given = arguments(pretrained=str(tmp_path / "released"), vision_config={}, text_config={})
-    policy = Pi0.build(normalizer(), **given).eval()
-    loaded = policy.pi0.model.vlm.state_dict()
-    assert {k: v.shape for k, v in loaded.items()} == {k: v.shape for k, v in vlm.model.state_dict().items()}
-    assert all(torch.equal(value, loaded[key]) for key, value in vlm.model.state_dict().items())
-    assert policy.pi0.embed_action_time.action_in_proj.weight.std().item() == pytest.approx(1 / math.sqrt(27), rel=0.2)
-    assert all(p.device.type == "cpu" for p in policy.parameters()) and policy.tokenizer.bos_token_id is not None
-    assert policy.pi0.model.dit.config._attn_implementation == "sdpa"
-    export_policy(policy, tmp_path / "policy", name="pi0", arguments=given, about={})
-    (tmp_path / "released").rename(tmp_path / "gone")
-    again, _ = load_policy(tmp_path / "policy")
-    seen = observation()
-    assert torch.equal(policy.predict(seen), again.predict(seen))
-
-
-def test_bad_sources_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"policy\.pretrained="):
-        Pi0.build(normalizer(), **arguments(pretrained=str(tmp_path / "nothing")))
 
 
 def test_interpolation_runs_from_actions_to_noise():

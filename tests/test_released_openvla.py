@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from data.normalization import ActionNormalizer, ActionStatistics
-from tests.test_openvla import as_timm, frames, llama_tokenizer, naive_vit, randomised
+from tests.openvla_reference import as_timm, frames, llama_tokenizer, naive_vit, randomised
 from vla.baselines.openvla import OpenVLA
 from vla.build import of_build
 from vla.checkpoint import load_policy

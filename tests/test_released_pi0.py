@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 
 from data.normalization import ActionNormalizer, ActionStatistics
-from tests.test_pi0 import frames, naive_velocity
+from tests.pi0_reference import frames, naive_velocity
 from vla.baselines.pi0 import Pi0
 from vla.checkpoint import initial_policy, load_policy
 from vla.config import ConvertWeightsConfig

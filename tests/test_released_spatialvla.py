@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from data.normalization import ActionStatistics
-from tests.test_spatialvla import BINS, DEPTH, INTRINSICS, TEXT, VISION, actions, build, observation
+from tests.spatialvla_reference import BINS, DEPTH, INTRINSICS, TEXT, VISION, actions, build, observation
 from vla.baselines.spatialvla import SpatialVLA
 from vla.checkpoint import initial_policy, load_policy
 from vla.config import ConvertWeightsConfig
