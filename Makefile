@@ -1,5 +1,6 @@
 # make demo   the whole loop on real LIBERO: collect, convert, train two arms, roll out, table
 # make test   the fast tests; make test-slow adds simulators at length, faults and studies
+#             (make test-slow SLOW="--minutes 60": what has begun after an hour; other options of pytest too)
 # Each of them installs what is missing first (make setup).
 PYTHON ?= python3.11
 RUN = .venv/bin/python
@@ -30,7 +31,7 @@ test: setup
 	$(RUN) -m pytest -m "not slow" -n 2 --dist loadgroup
 
 test-slow: setup
-	$(RUN) -m pytest -m slow --timeout 1800
+	$(RUN) -m pytest -m slow --timeout 1800 $(SLOW)
 
 lint: setup
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
