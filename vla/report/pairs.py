@@ -30,7 +30,7 @@ def pair_scatter(evaluations: Sequence[Evaluation], looks: Looks) -> list[Pictur
     """
 
     def group(of: Evaluation) -> tuple[str, str]:
-        return of.benchmark, str(of.header.get("baseline"))
+        return of.benchmark, of.header.get("baseline") or ""
 
     pictures, measured = [], [of for of in evaluations if of.kind == "alignment"]
     for (benchmark, baseline), found in groupby(sorted(measured, key=group), key=group):
@@ -40,7 +40,8 @@ def pair_scatter(evaluations: Sequence[Evaluation], looks: Looks) -> list[Pictur
                 arms.setdefault(evaluation.arm, []).append(ranks)
         if arms:
             points = {arm: tuple(map(np.concatenate, zip(*of, strict=True))) for arm, of in sorted(arms.items())}
-            pictures.append(_scatter(f"Frame pairs, cosine distance: {benchmark}, {baseline}", points, looks))
+            title = f"Frame pairs, cosine distance: {benchmark}" + (f", {baseline}" if baseline else "")
+            pictures.append(_scatter(title, points, looks))
     return pictures
 
 
