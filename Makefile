@@ -4,6 +4,8 @@
 # Each of them installs what is missing first (make setup).
 PYTHON ?= python3.11
 RUN = .venv/bin/python
+# Set in many images: without bytecode every process compiles torch and transformers anew, 9 s of each start.
+unexport PYTHONDONTWRITEBYTECODE
 
 # make calvin installs the CALVIN simulator, which is not on PyPI, at the commits this code was measured with
 .PHONY: calvin simpler simpler-original setup demo test test-slow lint clean
