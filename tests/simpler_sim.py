@@ -30,13 +30,18 @@ def absent() -> str:
 sim = pytest.mark.skipif(bool(absent()), reason=absent() or "the simulator is here")
 
 
+def asset_path(name: str) -> Path:
+    """Of the original simulator's data folder."""
+    data = os.environ.get("MS2_REAL2SIM_ASSET_DIR") or ROOT / ".venv-simpler/src/ManiSkill2_real2sim/data"
+    return Path(data) / name
+
+
 def original_absent() -> str:
     """Why the original simulator is not here, or nothing; whether it can draw is found out by the tests."""
-    assets = Path(os.environ.get("MS2_REAL2SIM_ASSET_DIR") or ROOT / ".venv-simpler/src/ManiSkill2_real2sim/data")
     if not PYTHON.exists():
         return f"{PYTHON} is not there: make simpler-original"
-    if not (assets / "custom/info_pick_custom_v0.json").exists():
-        return f"{assets} is not ManiSkill2_real2sim's data folder: set MS2_REAL2SIM_ASSET_DIR"
+    if not asset_path("custom/info_pick_custom_v0.json").exists():
+        return f"{asset_path('')} is not ManiSkill2_real2sim's data folder: set MS2_REAL2SIM_ASSET_DIR"
     return ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import evaluate
 from envs.records import load_records
 from envs.simpler import sapien2
 from envs.simpler.protocol import cells
-from tests.simpler_sim import PYTHON, ask_original, original
+from tests.simpler_sim import PYTHON, ask_original, asset_path, original
 from vla.cli import compose_config
 from vla.errors import UserError
 from vla.replay import NothingPolicy
@@ -55,6 +56,20 @@ def test_states_and_frames_are_the_published_ones(tmp_path, suite, task, seed):
     assert all_drawn["states"].shape == (9, 7 if suite == "widowx" else 8)
     speeds = {name: float(found["speed"]) for name, found in (("all", all_drawn), ("1 in 3", again), ("none", blind))}
     print(f"{suite} {task}: steps/s by frames drawn {speeds}")
+
+
+def test_the_first_episode_on_a_stage_is_as_every_later_one(tmp_path, monkeypatch):
+    """sapien 2 loads a stage otherwise the first time, and keeps a file beside it."""
+    stage, own = asset_path("hab2_bench_assets/stages/bridge_table_1_v1.glb"), tmp_path / "data"
+    (own / "hab2_bench_assets/stages").mkdir(parents=True)
+    shutil.copy(stage, own / "hab2_bench_assets/stages")
+    for name in ("custom", "real_inpainting"):
+        (own / name).symlink_to(asset_path(name))
+    monkeypatch.setenv("MS2_REAL2SIM_ASSET_DIR", str(own))
+    episode = {"suite": "widowx", "task": "carrot_on_plate", "seed": 5, "steps": 1, "cameras": []}
+    first, later = (ask_original(tmp_path, "run", **episode) for _ in range(2))
+    assert list(own.rglob("*.nonconvex.stl")), "sapien keeps it elsewhere now, or not at all"
+    np.testing.assert_array_equal(first["bodies"], later["bodies"])
 
 
 @pytest.mark.parametrize("task", ["pick_coke_can/horizontal", "open_drawer/top", "move_near"])

@@ -76,6 +76,17 @@ def check_assets(root: Path, cell: Cell) -> None:
         )
 
 
+def unmade_mesh(root: Path, cell: Cell) -> Path | None:
+    """Where sapien 2 will keep the mesh that the stage of `cell` is touched by; None where it has it, or cannot.
+
+    It makes the file when it first loads a stage and reads it from then on, with other last digits: in the episode that
+    made it objects would come to rest up to 5e-5 elsewhere.
+    """
+    stage = root / "hab2_bench_assets/stages" / f"{cell.build['scene_name']}.glb"
+    mesh = stage.with_name(f"{stage.name}.nonconvex.stl")
+    return mesh if stage.exists() and not mesh.exists() and os.access(stage.parent, os.W_OK) else None
+
+
 def stand_ins(root: Path, cells: list[Cell]) -> list[str]:
     """Names of the stages and models that `cells` use and that are not the repository's own files; sorted."""
     used = {path for cell in cells for path in large_files(cell)}

@@ -29,15 +29,18 @@ import numpy as np
 from data.instructions import load_wordings
 from envs.simpler import sapien2
 from envs.simpler.actions import ROTATIONS, StickyGripper, motion, widowx_gripper
-from envs.simpler.assets import asset_folder, check_assets, stand_ins
+from envs.simpler.assets import asset_folder, check_assets, stand_ins, unmade_mesh
 from envs.simpler.masking import BACKGROUNDS, mask_background
 from envs.simpler.proprioception import bridge_state, fractal_state
 from envs.simpler.protocol import SUCCESS_RULES, cells, paraphrased
 from vla.errors import UserError
+from vla.files import lock
 
 CAMERAS = {"google_robot": "overhead_camera", "widowx": "3rd_view_camera"}
 """Robot -> what the camera "static" is: 640 × 512 and 640 × 480."""
 SHADERS = ("rt", "ibl")
+FIRST_LOAD_S = 300.0
+"""For another worker to load a stage for the first time."""
 
 _ROOT = Path(__file__).resolve().parents[2]
 _BACKDROP = {
@@ -126,6 +129,8 @@ class OriginalEnv:
             raise UserError(f"{self.task} has no episode {seed}; seeds are 0 to {len(self._cells) - 1}")
         check_assets(self._assets, self._cells[seed])
         self.close()
+        if mesh := unmade_mesh(self._assets, self._cells[seed]):
+            self._make_mesh(seed, mesh.parent)
         self.simulator = self._build(seed)
         self.simulator.reset(options=copy.deepcopy(self._cells[seed].reset))
         self._seed, self._steps, self._ended, self.replan = seed, 0, False, False
@@ -133,6 +138,12 @@ class OriginalEnv:
         self.instruction = self._instruction()
         self._frames = self._draw() if self.cameras else {}
         return self.observe()
+
+    def _make_mesh(self, seed: int, folder: Path) -> None:
+        """Let one of several workers load the stage for the first time, in a simulator that nobody uses."""
+        with lock(folder, patience_s=FIRST_LOAD_S, by="simulator"):
+            if unmade_mesh(self._assets, self._cells[seed]):
+                self._build(seed).close()
 
     def _build(self, seed: int) -> Any:
         """SimplerEnv's environment without gymnasium's wrappers (a step limit, and an order that we keep)."""
