@@ -187,7 +187,7 @@ def show_chains(console: Console, found: pd.DataFrame, comparisons: pd.DataFrame
     from vla.analysis import tables
     from vla.analysis.statistics import format_interval
 
-    for key, rows in found.groupby(tables.GROUP) if len(found) else ():
+    for key, rows in found.groupby(tables.GROUP):
         title = f"{tables.titles(results)[key]}, the first chains of the 1,000"
         caption = "SR k: share of chains with k subtasks done in a row, %; Avg. Len. with its 95 % interval over chains"
         table = Table(title=title, caption=caption, title_justify="left")
@@ -198,8 +198,8 @@ def show_chains(console: Console, found: pd.DataFrame, comparisons: pd.DataFrame
             interval = f"{row.avg_len:.2f} {format_interval(row.low, row.high)}"
             table.add_row(row.arm, row.train_seed, str(row.n), *shares, interval)
         console.print(table)
-        mine = (comparisons.benchmark == key[0]) & (comparisons.conditions == key[1]) if len(comparisons) else []
-        for row in comparisons[mine].itertuples() if len(comparisons) else ():
+        mine = (comparisons.benchmark == key[0]) & (comparisons.conditions == key[1])
+        for row in comparisons[mine].itertuples():
             difference = f"{row.difference:+.2f} [{row.low:+.2f}, {row.high:+.2f}]"
             console.print(f"{row.arm_a} vs {row.arm_b}: Avg. Len. {difference}: {row.verdict}", soft_wrap=True)
         console.print()

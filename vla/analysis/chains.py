@@ -15,6 +15,7 @@ from vla.analysis.statistics import ALPHA, format_p, holm, mean_interval, rate_i
 from vla.analysis.tables import GROUP, families_of_arms
 
 CHAIN = 5
+PAIR = [*GROUP, "arm_a", "arm_b", "n", "difference", "low", "high", "p", "p_holm", "verdict"]
 
 
 def length(subtasks: list[dict[str, Any]]) -> int:
@@ -62,7 +63,7 @@ def chains_table(episodes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """
     chains = with_lengths(episodes)
     if not len(chains):
-        return pd.DataFrame(), pd.DataFrame()
+        return pd.DataFrame(columns=GROUP), pd.DataFrame(columns=PAIR)
     results, comparisons = [], []
     for key, rows in chains.groupby([*GROUP, "arm", "train_seed"]):
         low, high = mean_interval(rows.length) if len(rows) > 1 else (np.nan, np.nan)
@@ -80,7 +81,7 @@ def chains_table(episodes: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
             for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
                 several = len(rows) > 1
                 comparisons.append(row | {"p_holm": p if several else np.nan, "verdict": _verdict(row, p, several)})
-    return pd.DataFrame(results), pd.DataFrame(comparisons)
+    return pd.DataFrame(results), pd.DataFrame(comparisons, columns=PAIR)
 
 
 def with_lengths(episodes: pd.DataFrame) -> pd.DataFrame:

@@ -67,7 +67,7 @@ def _rollouts(results: pd.DataFrame, comparisons: pd.DataFrame) -> list[Sheet]:
 def _chains(episodes: pd.DataFrame, results: pd.DataFrame) -> list[Sheet]:
     chains, _ = chains_table(episodes)
     found = []
-    for key, rows in chains.groupby(tables.GROUP) if len(chains) else ():
+    for key, rows in chains.groupby(tables.GROUP):
         columns = ["arm", "training seed", "chains", *(f"SR {k}, %" for k in range(1, CHAIN + 1)), "Avg. Len."]
         cells = [
             [row.arm, row.train_seed, str(row.n)]
