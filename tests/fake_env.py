@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +126,23 @@ def broken(**_: object) -> FakeEnv:
 def read(journal: Path) -> list[dict]:
     """The journal's events so far."""
     return [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+
+
+def alive(pids: set[int]) -> set[int]:
+    """Those of the processes that run; an orphan that has exited may stay a zombie until init reaps it."""
+    running = set()
+    for pid in pids:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (FileNotFoundError, ProcessLookupError):  # the second where it ends between open and read
+            continue
+        if state != "Z":
+            running.add(pid)
+    return running
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "gave up waiting"
+        time.sleep(0.02)

@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_env import read
-from test_rollout import _alive, _wait_for, episodes, outcome, roll
+from fake_env import alive, read, wait_for
+from test_rollout import episodes, outcome, roll
 
 from envs import early
 from vla.errors import UserError
@@ -48,7 +48,7 @@ def built(tmp_path) -> list[dict]:
 
 def test_environments_are_built_before_there_is_a_policy_and_used(tmp_path, started):
     with started() as workers:
-        _wait_for(lambda: len(built(tmp_path)) == 2, 60)
+        wait_for(lambda: len(built(tmp_path)) == 2, 60)
         assert started.known == [(["static"], {"image_rotation": "upright"})]
         result = roll(tmp_path, SPECS, workers=2, early=workers)
     assert {event["task"] for event in built(tmp_path)} == {0, 1}  # a task each
@@ -61,7 +61,7 @@ def test_environments_are_built_before_there_is_a_policy_and_used(tmp_path, star
 
 def test_a_wrong_guess_costs_time_and_nothing_else(tmp_path, started):
     with started(max_steps=7) as workers:
-        _wait_for(lambda: len(built(tmp_path)) == 2, 60)
+        wait_for(lambda: len(built(tmp_path)) == 2, 60)
         guessed = built(tmp_path)
         roll(tmp_path, SPECS, workers=2, early=workers)
     # Built again by whoever got an episode; a worker that was quick took over what the other had not begun.
@@ -72,9 +72,9 @@ def test_a_wrong_guess_costs_time_and_nothing_else(tmp_path, started):
 
 def test_what_nobody_asked_for_is_ended(tmp_path, started):
     with pytest.raises(UserError, match="no such weights"), started() as workers:
-        _wait_for(lambda: len(built(tmp_path)) == 2, 60)
+        wait_for(lambda: len(built(tmp_path)) == 2, 60)
         raise UserError("no such weights")
-    _wait_for(lambda: not _alive({worker.process.pid for worker in workers}))
+    wait_for(lambda: not alive({worker.process.pid for worker in workers}))
     assert not (tmp_path / "out").exists()
 
 

@@ -6,13 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fake_env import FakeEnv, read
+from fake_env import FakeEnv, alive, read, wait_for
 from vla_eval.model_servers.base import SessionContext
 from vla_eval.specs import check_specs
 
@@ -175,7 +174,7 @@ def test_a_failing_simulator_is_retried_with_the_same_seed(tmp_path, habit):
     resets = [e for e in read(tmp_path / "out.journal") if e["event"] == "reset"]
     assert [e["seed"] for e in resets] == [2, 3, 3, 4]
     assert resets[1]["pid"] != resets[2]["pid"], "retried on a fresh worker"
-    assert not _alive({e["pid"] for e in resets})
+    assert not alive({e["pid"] for e in resets})
 
 
 def test_a_hopeless_episode_is_missing_not_failed(tmp_path):
@@ -327,20 +326,20 @@ def test_an_ended_parent_leaves_no_workers_and_its_records(tmp_path, blow):
     script = (
         "from test_rollout import *\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background shell has it ignored
-        f"roll(Path({str(tmp_path)!r}), episodes(range(9)), workers=2, env_kwargs={{'step_seconds': 0.03}})"
+        f"roll(Path({str(tmp_path)!r}), episodes(range(15)), workers=2, env_kwargs={{'step_seconds': 0.03}})"
     )
     environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
     parent = subprocess.Popen([sys.executable, "-c", script], env=environment, stderr=subprocess.DEVNULL)
     records = tmp_path / "out/episodes.jsonl"
-    _wait_for(lambda: records.exists() and records.read_text().count("\n") >= 2 and len(_pids(tmp_path)) == 2, 120)
+    wait_for(lambda: records.exists() and records.read_text().count("\n") >= 2 and len(_pids(tmp_path)) == 2, 120)
     parent.send_signal(blow)
     parent.wait(20)
-    _wait_for(lambda: not _alive(_pids(tmp_path)))
+    wait_for(lambda: not alive(_pids(tmp_path)))
     kept = len(load_records(tmp_path / "out"))
-    assert 2 <= kept < 9
+    assert 2 <= kept < 15
     assert not json.loads((tmp_path / "out/summary.json").read_text())["complete"]
-    result = roll(tmp_path, episodes(range(9)), workers=2, env_kwargs={"step_seconds": 0.03})
-    assert (result.finished, result.summary["complete"]) == (9 - kept, True)
+    result = roll(tmp_path, episodes(range(15)), workers=2, env_kwargs={"step_seconds": 0.03})
+    assert (result.finished, result.summary["complete"]) == (15 - kept, True)
 
 
 def _wire(seed: int) -> dict:
@@ -351,23 +350,6 @@ def _wire(seed: int) -> dict:
 
 def _pids(tmp_path: Path) -> set[int]:
     return {event["pid"] for event in read(tmp_path / "out.journal")}
-
-
-def _alive(pids: set[int]) -> set[int]:
-    """Those of `pids` that run; an orphan that has exited may stay a zombie until init reaps it."""
-    running = set()
-    for pid in pids:
-        stat = Path(f"/proc/{pid}/stat")
-        if stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
-            running.add(pid)
-    return running
-
-
-def _wait_for(condition, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "gave up waiting"
-        time.sleep(0.05)
 
 
 def test_observations_go_where_the_weights_are():

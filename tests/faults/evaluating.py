@@ -8,8 +8,6 @@ import os
 import re
 import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -80,26 +78,6 @@ def seeds_reset(folder: Path) -> list[tuple[int, int]]:
 def slow(*values) -> list:
     """Parameters of the slow tier only."""
     return [pytest.param(*(v if isinstance(v, tuple) else (v,)), marks=pytest.mark.slow) for v in values]
-
-
-def alive(processes: set[int]) -> set[int]:
-    """Those that run; one that has exited may stay a zombie until init reaps it."""
-    running = set()
-    for pid in processes:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            continue
-        if state != "Z":
-            running.add(pid)
-    return running
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "gave up waiting"
-        time.sleep(0.02)
 
 
 def missing(folder: Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from pathlib import Path
@@ -15,7 +16,12 @@ from vla.saving import SLOW_WRITER, newest_whole, saved, step_of
 
 
 def partials(run: Path) -> set[tuple[str, int]]:
-    return {(path.name, path.stat().st_mtime_ns) for path in (run / "checkpoints").glob(".step=*.partial")}
+    """Each folder that a save has begun, by name and time."""
+    found = set()
+    for path in (run / "checkpoints").glob(".step=*.partial"):
+        with contextlib.suppress(FileNotFoundError):  # the save may end, and its folder get its name, at any instant
+            found.add((path.name, path.stat().st_mtime_ns))
+    return found
 
 
 def newest(run: Path) -> int:

@@ -6,7 +6,8 @@ import signal
 import time
 
 import pytest
-from evaluating import PATHS, alive, missing, pids, read, roll, seeds_reset, slow, start, wait_for
+from evaluating import PATHS, missing, pids, roll, seeds_reset, slow, start
+from fake_env import alive, read, wait_for
 from test_rollout import outcome
 
 pytestmark = pytest.mark.xdist_group("evaluating")
