@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from data.episode import Episode
 from data.frame_store import FrameStore
@@ -16,6 +17,8 @@ from vla.cli import compose_config
 
 torch.set_num_threads(1)  # more spin when tests run beside each other
 BEGUN = time.monotonic()
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any machine")  # a busy one is not an error; where CI is set, the examples are always the same
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,7 +22,7 @@ def naive_partial_spearman(feature, pose, pixel):
     return np.corrcoef(*residuals)[0, 1]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 10**6), st.integers(10, 200), st.booleans())
 def test_partial_spearman_equals_ols_on_ranks(seed, n, ties):
     rng = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def test_pixel_distance_is_the_mse_of_thumbnails():
     np.testing.assert_allclose(al.pixel_distance(a, b), [((x - y) ** 2).mean() for x, y in zip(a, b, strict=True)])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(3, 60), min_size=1, max_size=6), st.integers(1, 80), st.integers(0, 99))
 def test_sampled_pairs_lie_in_one_segment_and_are_distinct(lengths, per_gap, seed):
     ends = np.cumsum(lengths)

@@ -138,7 +138,7 @@ def test_conversion_is_the_same_cut_otherwise_and_on_two_processes(split, tmp_pa
     windows=st.lists(st.tuples(st.integers(0, 90), st.integers(0, 20)), min_size=1, max_size=8),
     margin=st.integers(0, 12),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_parts_cover_what_is_asked_for(lengths, windows, margin):
     """Against sets: every window whole and inside one stretch, each frame in one, none of another segment."""
     starts = np.cumsum([50, *lengths])

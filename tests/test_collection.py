@@ -34,7 +34,7 @@ def with_threads(monkeypatch, run_attempt):
     monkeypatch.setattr(collection, "_run_attempt", run_attempt)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(failures=st.sets(st.integers(0, 12), max_size=6), workers=st.integers(1, 4), demos=st.integers(3, 6))
 def test_kept_demos_are_the_first_successes_whatever_the_workers(failures, workers, demos):
     attempted = []

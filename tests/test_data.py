@@ -47,7 +47,7 @@ def test_clip065_is_the_references_formula():
 
 
 @given(st.sampled_from(SCHEMES), st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_round_trip_inside_the_bounds(scheme, seed):
     normalizer = bridge(scheme)
     low, high = np.array(BRIDGE_Q01), np.array(BRIDGE_Q99)
@@ -239,7 +239,7 @@ def test_episodes_of_other_shapes_are_refused(tmp_path):
 
 
 @given(st.integers(1, 40), st.integers(0, 5), st.integers(1, 7), st.integers(0, 30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_sampler_is_a_function_of_the_position(length, seed, batch, first_step):
     """Each epoch holds every step once, and a sampler started late gives what one started early gives then."""
     epoch = sample_at(np.arange(3 * length), length, seed).reshape(3, length)

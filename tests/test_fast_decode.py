@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.test_contract import batch_of, build, observation_of
@@ -149,7 +149,6 @@ def test_openvla_s_bins_are_those_of_transformers_passes(store):
     assert policy.predict(observation_of(batch)).shape == (5, 3, 7)
 
 
-@settings(deadline=None)
 @given(STEPS, st.sampled_from(FORMS), st.sampled_from([0.02, 0.09, 0.4, 2.0]))
 def test_any_text_is_found_along_the_trees(steps, form, worth):
     """Choices as a written text makes them; a tree's tokens spell that text, at the depth at which they stand in it."""

@@ -36,7 +36,7 @@ def test_every_step_is_the_transformers(true_rms, masked):
         torch.testing.assert_close(sampler.velocity(x, step), expected, atol=1e-5, rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.integers(1, 3), st.integers(1, 10), st.integers(1, 10))
 def test_samples_are_eulers(rows, chunk, steps):
     with torch.no_grad():

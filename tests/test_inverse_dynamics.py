@@ -30,7 +30,7 @@ def make(reverse_prob=0.5, reverse_space="physical", cameras=1):
 
 
 @given(st.integers(1, 12), st.integers(0, 2**32 - 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_reversal_is_the_papers_formula_and_its_own_inverse(horizon, seed):
     actions = torch.from_numpy(np.random.default_rng(seed).normal(size=(horizon, 7)))
     reversed_ = reverse_actions(actions)

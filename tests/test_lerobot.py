@@ -66,7 +66,7 @@ def many_episodes(draw):
     return made
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(made=many_episodes(), gripper=st.sampled_from(["libero", "open1", "closed1"]), files=st.booleans())
 def test_round_trip_of_images_is_exact(made, gripper, files):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -85,7 +85,7 @@ def test_round_trip_of_images_is_exact(made, gripper, files):
             assert len(list(out.glob("data/*/*"))) == len(read)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(lengths=st.lists(st.integers(1, 25), min_size=1, max_size=5), split=st.booleans())
 def test_films_keep_every_frame_in_its_place(lengths, split):
     """Frames carry their number; several episodes lie in one film, or (split) each begins another."""

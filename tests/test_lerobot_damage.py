@@ -114,7 +114,7 @@ def test_damage_is_a_one_line_error(films, tmp_path, kind):
     assert "\n" not in str(caught.value) and str(root) in str(caught.value)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(where=st.floats(0, 0.9999), value=st.integers(1, 255))
 def test_a_changed_byte_of_a_data_file_changes_nothing_unnoticed(images, tmp_path_factory, where, value):
     """Our files carry checksums of their pages: a changed byte is an error, or lies where nothing is read."""

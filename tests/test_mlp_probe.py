@@ -34,7 +34,7 @@ def test_head_has_the_papers_widths():
 
 
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_cloning_loss_is_the_formula(seed, batch, chunk):
     rng = np.random.default_rng(seed)
     predicted, actions = rng.normal(size=(batch, chunk, 7)), rng.normal(size=(batch, chunk, 7))
@@ -54,7 +54,7 @@ def test_cloning_loss_is_the_formula(seed, batch, chunk):
 
 
 @given(st.lists(st.integers(1, 9), min_size=2, max_size=40), st.floats(0.01, 0.9))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_whole_demonstrations_are_held_out(lengths, share):
     episodes = np.repeat(np.arange(len(lengths)) + 3, lengths)
     held_out = split_demonstrations(episodes, share)

@@ -108,7 +108,7 @@ def test_libero(tmp_path):
 
 
 @given(seed=st.integers(0, 10**6), steps=st.integers(3, 9))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_bridge(tmp_path_factory, seed, steps):
     rng = np.random.default_rng(seed)
     raw = made_steps(BRIDGE, steps, rng)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from vla.analysis.paper_power import gains
@@ -57,13 +57,11 @@ counted = st.integers(5, 300).flatmap(
 )
 
 
-@settings(deadline=None)
 @given(counted, st.booleans())
 def test_no_consistent_table_is_flagged(counted, cut):
     assert check_paper(table_of(*counted, cut)) == []
 
 
-@settings(deadline=None)
 @given(counted, st.booleans(), st.sampled_from([-1.0, -0.4, 0.4, 1.0]))
 def test_a_wrong_mean_is_flagged(counted, cut, shift):
     findings = check_paper(table_of(*counted, cut, shift))

@@ -74,7 +74,7 @@ def assert_same_run(one: Path, other: Path, atol: float, leave_out: tuple[str, .
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.integers(0, 9), st.integers(1, 60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_parts_of_a_step_are_its_batch_whatever_their_number(world, accumulate, size, first, length):
     batch = world * accumulate * size
     whole = StatelessBatches(length, batch, 0)

@@ -231,7 +231,7 @@ def test_names_from_files_stay_text(tmp_path):
     assert shown.count("svg") == 13 and "$x^" in shown.text and "_a" in shown.text
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.text(max_size=60))
 def test_any_text_can_be_drawn(text):
     def paint(axes):

@@ -29,7 +29,6 @@ def sample(values, keys=None):
     return Sample(keys, np.asarray(values, dtype=float), np.full(len(values), 1 / len(values)))
 
 
-@settings(deadline=None)
 @given(pair_counts)
 def test_sign_flips_of_successes_are_mcnemars_mid_p(count):
     """Mid-p: the exact p-value less half the chance of what was seen, both tails."""
@@ -48,7 +47,7 @@ def test_mid_p_of_a_published_example():
     assert statistics.paired_test(a, b).p == pytest.approx(0.070, abs=5e-4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(-5, 5), min_size=2, max_size=9))
 def test_sign_flips_of_lengths_equal_scipys_permutations(differences):
     """scipy counts ties whole, over all 2^n flips; mid-p counts them half."""

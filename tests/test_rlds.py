@@ -61,7 +61,7 @@ def test_lists_within_steps_as_tfds_writes_them(tmp_path):
 
 
 @given(lengths=st.lists(st.integers(1, 4), min_size=1, max_size=7), shards=st.integers(1, 4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_shards_keep_number_and_order(tmp_path_factory, lengths, shards):
     rng = np.random.default_rng(0)
     raw = [made_steps(FRACTAL, length, rng) for length in lengths]

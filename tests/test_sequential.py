@@ -14,7 +14,7 @@ from vla.analysis.sequential import Decision, decide, spending, told
 from vla.errors import UserError
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.integers(0, 4), st.sampled_from([0.05, 0.3, 0.6]))
 def test_error_over_all_sign_patterns_is_within_what_was_spent(sizes, later, alpha):
     """Every assignment of signs, each equally likely under no difference: the share that is ever decided."""
@@ -30,7 +30,7 @@ def test_error_over_all_sign_patterns_is_within_what_was_spent(sizes, later, alp
         assert decided == pytest.approx(never[0], abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.1, 0.3]))
 def test_its_boundary_is_never_inside_the_exact_tests(seed, gain):
     """Where it decides, McNemar's exact test of the pairs so far would too."""
@@ -68,7 +68,7 @@ def test_it_costs_fewer_pairs_and_hardly_any_power():
     assert np.mean([run.decided_at or 300 for run in runs]) < 0.75 * 300
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 10**6))
 def test_more_data_never_changes_a_decision(seed):
     rng = np.random.default_rng(seed)

@@ -84,14 +84,14 @@ def test_frames_that_are_no_messages(echo):
     assert "not a msgpack message" in refusal(port, deep)[0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.binary(max_size=300))
 def test_random_bytes_get_an_error(fuzzed, data):
     told, code = refusal(fuzzed, data)
     assert told.startswith("error: ") and code == 1007
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_damaged_messages_get_an_answer_or_an_error(fuzzed, data):
     """A valid message with some bytes replaced and its end cut off, of either protocol."""

@@ -243,7 +243,7 @@ def rows_of(protocol: str, seed: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("protocol", ["google_vm", "google_va"])
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_aggregation_equals_the_naive_one(protocol, seed):
     rows = rows_of(protocol, seed)

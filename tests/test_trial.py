@@ -139,7 +139,7 @@ def open_log(folder: Path) -> TrialLog:
 ACTS = st.lists(st.tuples(st.sampled_from(TASKS), st.booleans()) | st.just("undo"), max_size=12)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(acts=ACTS, cut=st.integers(0, 60))
 def test_records_are_what_the_log_says_even_after_a_kill(tmp_path_factory, acts, cut):
     """Against a list kept by hand; then the last line is torn, as by a kill while it was written."""

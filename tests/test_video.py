@@ -70,7 +70,7 @@ def others(tmp_path_factory):
     return made
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(first=st.integers(0, 59), count=st.integers(1, 60))
 def test_the_frame_that_is_asked_for(film, first, count):
     count = min(count, 60 - first)
@@ -109,7 +109,7 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
         read(tmp_path / "text.mp4", 0, 1)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(share=st.floats(0, 0.999))
 def test_truncated_anywhere_is_an_error(film, tmp_path_factory, share):
     content = film.read_bytes()
@@ -119,7 +119,7 @@ def test_truncated_anywhere_is_an_error(film, tmp_path_factory, share):
         read(short, 0, 60)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(where=st.floats(0, 0.999), value=st.integers(1, 255))
 def test_a_changed_byte_is_an_error_or_gives_as_many_frames(film, tmp_path_factory, where, value):
     """mp4 has no checksums: what is not noticed may tint a picture, but there are as many, and no traceback."""

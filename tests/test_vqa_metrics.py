@@ -109,7 +109,7 @@ marks = st.sampled_from([*PUNCTUATION, ".", ":", "'", " ", "  ", "\n", "\t"])
 
 
 @given(st.lists(words | marks, max_size=12).map("".join))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_vqa_is_the_rules_said_character_by_character(text):
     text = text.replace("\n", " ").replace("\t", " ").strip()
     digits = any(a.isdigit() and b == "," and c.isdigit() for a, b, c in zip(text, text[1:], text[2:], strict=False))

@@ -189,7 +189,7 @@ def written(tmp_path_factory):
     return path
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_changed_byte_of_a_store_is_named(written, tmp_path_factory, data):
     written = written / data.draw(st.sampled_from(["raw", "jpeg"]))
