@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
+from rich.console import Console
+from statsmodels.stats.multitest import multipletests
 
 from data.vqa import Question, read_questions
 from evaluate import evaluate
@@ -18,7 +22,7 @@ from train import train
 from vla.analysis import vqa
 from vla.analysis.statistics import rate_interval
 from vla.analysis.vqa_records import Answers, estimate, read_answers, summarise, weights_of
-from vla.analysis.vqa_tables import compare_probes, load_probes
+from vla.analysis.vqa_tables import compare_over_seeds, compare_probes, load_probes, show_representations
 from vla.cli import compose_config
 from vla.errors import UserError
 
@@ -178,7 +182,7 @@ def test_tables_print_arms_and_their_difference(policies, places, tmp_path, monk
     assert rows == [name for name in SETS for _ in said], "in the order of Fig. 5"
     told = {line.split(", ")[2].split(":")[0]: line for line in lines if line.startswith("plus vs vanilla, seed 0")}
     assert list(told) == list(SETS)
-    few = "too few pictures to tell (-1.000 [-1.000, -1.000], 4 questions about 2 pictures)"
+    few = "too few pictures to tell (-1.000 [-1.000, -1.000], p = 0.25, 4 questions about 2 pictures)"
     assert told["gqa"].endswith(few)
     shutil.copytree(next((tmp_path / "results").rglob("vqa_probe.json")).parent, tmp_path / "results" / "copy")
     with pytest.raises(SystemExit):
@@ -186,18 +190,22 @@ def test_tables_print_arms_and_their_difference(policies, places, tmp_path, monk
     assert "the same evaluation of the same run lies in" in capsys.readouterr().err
 
 
+def write_answers(root: Path, arm: str, seed: int, scores: np.ndarray, extra: tuple = ()) -> None:
+    """What evaluation=vqa leaves of GQA: two questions about each picture."""
+    rows = [row(str(i), f"{i // 2}.jpg", float(value)) for i, value in enumerate(scores)]
+    about = {"set": "gqa", "baseline": "pi0", "arm": arm, "train_seed": seed, "missing": 0}
+    with Answers(root / f"{arm}{seed}", about) as answers:
+        answers.append([*rows, *extra])
+    accuracy = {"value": scores.mean(), "low": 0.0, "high": 1.0, "n": len(rows)}
+    (root / f"{arm}{seed}" / "vqa_probe.json").write_text(json.dumps(about | {"accuracy": accuracy}))
+
+
 def test_arms_are_paired_on_shared_questions(tmp_path):
     """Thirty pictures with two questions each; b also has questions that a was not asked."""
     rng = np.random.default_rng(0)
     scores = {"a": rng.integers(0, 2, 60), "b": rng.integers(0, 2, 60), "c": np.zeros(60)}
     for arm, values in scores.items():
-        rows = [row(str(i), f"{i // 2}.jpg", float(value)) for i, value in enumerate(values)]
-        extra = [row("x", "x.jpg", 1.0)] if arm == "b" else []
-        about = {"set": "gqa", "baseline": "pi0", "arm": arm, "train_seed": 0, "missing": 0}
-        with Answers(tmp_path / arm, about) as answers:
-            answers.append(rows + extra)
-        accuracy = {"value": values.mean(), "low": 0.0, "high": 1.0, "n": len(rows)}
-        (tmp_path / arm / "vqa_probe.json").write_text(json.dumps(about | {"accuracy": accuracy}))
+        write_answers(tmp_path, arm, 0, values, (row("x", "x.jpg", 1.0),) if arm == "b" else ())
     compared = compare_probes(load_probes(tmp_path)).set_index(["arm_a", "arm_b"])
     close, apart = compared.loc[("a", "b")], compared.loc[("a", "c")]
     assert close.n == apart.n == 60
@@ -206,3 +214,28 @@ def test_arms_are_paired_on_shared_questions(tmp_path):
     pairs = (scores["a"] - scores["b"]).reshape(30, 2).mean(1)
     error = 1.96 * pairs.std(ddof=1) / np.sqrt(30)  # of thirty pictures, not of sixty questions
     assert close.high - close.low == pytest.approx(2 * error, rel=0.15)
+    chance = np.ones(1)  # of every sum of the differences, in halves, with signs that are flipped at will
+    for halves in np.abs(2 * pairs).astype(int):
+        chance = np.convolve(chance, np.bincount([0, 2 * halves], [0.5, 0.5]))
+    sums = np.arange(len(chance)) - len(chance) // 2
+    assert close.p == pytest.approx(chance[np.abs(sums) >= abs(2 * pairs.sum())].sum(), abs=0.015)
+    assert compared.p_holm.tolist() == pytest.approx(multipletests(compared.p, method="holm")[1])
+    assert ", Holm, 60 questions" in close.told
+
+
+def test_a_method_is_judged_over_training_seeds(tmp_path):
+    """All of 40, of which b misses two more in one seed than in the other, c as many in each, d none."""
+    for seed in (0, 1, 2):
+        for arm, missed in (("a", 0), ("b", 8 + 2 * (seed == 1)), ("c", 4), ("d", 0)):
+            write_answers(tmp_path, arm, seed, np.where(np.arange(40) < missed, 0, 1))
+    found = compare_over_seeds(compare_probes(load_probes(tmp_path))).set_index(["arm_a", "arm_b"])
+    row = found.loc[("a", "b")]
+    assert row.differences == pytest.approx([0.2, 0.25, 0.2])
+    test = scipy.stats.ttest_1samp(row.differences, 0)
+    assert (row.p, row.low) == pytest.approx((test.pvalue, test.confidence_interval().low))
+    assert row.p_holm > row.p and row.verdict.startswith("a better (p = ") and "Holm, 3 training seeds" in row.verdict
+    assert found.loc[("a", "c")].verdict == "the same difference in all 3 training seeds: no test"
+    assert found.loc[("a", "d")].verdict.startswith("not distinguishable")
+    lines = StringIO()
+    show_representations(Console(file=lines, width=200), tmp_path)
+    assert "a vs b, gqa: a better" in lines.getvalue() and "(seeds: +0.200, +0.250, +0.200)" in lines.getvalue()

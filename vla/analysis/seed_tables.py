@@ -49,7 +49,8 @@ def compare_over_seeds(episodes: pd.DataFrame, analyses: pd.DataFrame) -> pd.Dat
                 low, high = max(low, -most), min(high, most)
             several, mean = len(pairs) > 1, float(np.mean(each))
             row = [measure, a, b, len(each), each, mean, low, high, p, corrected if several else np.nan]
-            row.append(_verdict(a, b, measure, mean, corrected, len(each), several))
+            word = "better" if measure in LARGEST else "is higher"
+            row.append(verdict_over_seeds(a, b, word, mean, corrected, len(each), several))
             table.append([benchmark, conditions, *row])
     return pd.DataFrame(table, columns=[*GROUP, *COLUMNS])
 
@@ -88,10 +89,11 @@ def _difference(a: pd.Series | float, b: pd.Series | float) -> float | None:
     return float(shared.mean()) if len(shared) else None
 
 
-def _verdict(a: str, b: str, measure: str, difference: float, p: float, seeds: int, several: bool) -> str:
+def verdict_over_seeds(a: str, b: str, word: str, difference: float, p: float, seeds: int, several: bool) -> str:
+    """ "ptr better (p = 0.01, Holm, 5 training seeds)"; `word` is what the larger number makes an arm."""
     if np.isnan(p):
         return f"the same difference in all {seeds} training seeds: no test"
     how = f"({format_p(p)}{', Holm' if several else ''}, {seeds} training seeds)"
     if p >= ALPHA:
         return f"not distinguishable {how}"
-    return f"{a if difference > 0 else b} {'better' if measure in LARGEST else 'is higher'} {how}"
+    return f"{a if difference > 0 else b} {word} {how}"

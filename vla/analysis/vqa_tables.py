@@ -1,9 +1,10 @@
 """GenVLA's representation tests as tables (Fig. 4 and 5): VQA accuracy per benchmark, CIFAR-10 linear probes.
 
 Reads what evaluate.py evaluation=vqa and evaluation=cifar10 leave, at any depth below a folder of results. Arms are
-compared within a training seed, on the questions or images that both have: VQA by a bootstrap over pictures, CIFAR-10
-by McNemar's exact test. Both speak of these two networks; several training seeds have to agree before a method is
-better.
+compared within a training seed, on the questions or images that both have: VQA by flipping signs of whole pictures
+(its interval by a bootstrap over them), CIFAR-10 by McNemar's exact test. Both speak of these two networks; of a method
+speaks a t test over training seeds, one difference each. p-values are Holm's over the pairs of arms of one baseline on
+one benchmark.
 
     show_representations(console, Path("results"))
 """
@@ -18,14 +19,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vla.analysis.statistics import mean_interval, paired_test, verdict
+from vla.analysis.resampling import over_seeds, sign_flip_p
+from vla.analysis.seed_tables import verdict_over_seeds
+from vla.analysis.statistics import ALPHA, format_p, holm, mean_interval, paired_test, verdict
+from vla.analysis.tables import NONE
 from vla.analysis.vqa_records import read_answers, weights_of
 from vla.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-KEYS = ["baseline", "arm", "train_seed", "what"]
+KEYS, PAIR = ["baseline", "arm", "train_seed", "what"], ["arm_a", "arm_b"]
 ORDER = ("textvqa", "pope", "gqa", "vizwiz", "vsr")
 """As in GenVLA's Fig. 5."""
 FEW = 20
@@ -66,23 +70,48 @@ def compare_probes(probes: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         baseline, train_seed, what, arm_a, arm_b, n (shared questions or images), difference (a − b), low, high (95 %),
-        told (a sentence).
+        p, p_holm (nan for one pair), told (a sentence).
     """
     table = []
-    for (baseline, seed, what), group in probes.groupby(["baseline", "train_seed", "what"], dropna=False, sort=False):
-        for a, b in combinations(group.sort_values("arm").itertuples(), 2):
-            compare = _compare_cifar10 if what.startswith("cifar10") else _compare_answers
-            found = compare(what, a, b)
-            if found:
-                table.append(
-                    {"baseline": baseline, "train_seed": seed, "what": what, "arm_a": a.arm, "arm_b": b.arm} | found
-                )
-    columns = ["baseline", "train_seed", "what", "arm_a", "arm_b", "n", "difference", "low", "high", "told"]
+    for key, group in probes.groupby(["baseline", "train_seed", "what"], dropna=False, sort=False):
+        compare = _compare_cifar10 if key[-1].startswith("cifar10") else _compare_answers
+        arms = group.sort_values("arm").itertuples()
+        pairs = [(a.arm, b.arm, found) for a, b in combinations(arms, 2) if (found := compare(key[-1], a, b))]
+        several = len(pairs) > 1
+        for (a, b, found), p in zip(pairs, holm([found["p"] for *_, found in pairs]), strict=True):
+            told = found.pop("tell")(a, b, p, ", Holm" if several else "")
+            found |= {"p_holm": p if several else np.nan, "told": told}
+            table.append(dict(zip(KEYS[:1] + KEYS[2:], key, strict=True)) | {"arm_a": a, "arm_b": b} | found)
+    columns = ["baseline", "train_seed", "what", *PAIR, "n", "difference", "low", "high", "p", "p_holm", "told"]
     return pd.DataFrame(table, columns=columns)
 
 
+def compare_over_seeds(compared: pd.DataFrame) -> pd.DataFrame:
+    """Each pair of arms of `compare_probes` with two training seeds or more; the unit is a training seed.
+
+    Returns:
+        baseline, what, arm_a, arm_b, seeds (how many), differences (a − b per seed), difference (their mean), low, high
+        (95 %, Student's t), p (paired t test), p_holm (nan for one pair), verdict.
+    """
+    table, trained = [], compared[compared.train_seed != NONE]
+    for key, group in trained.groupby(["baseline", "what"], dropna=False, sort=False):
+        pairs = [(*arms, rows.difference.tolist()) for arms, rows in group.groupby(PAIR) if len(rows) > 1]
+        tests = [over_seeds(each) for *_, each in pairs]
+        adjusted = iter(holm([p for *_, p in tests if not np.isnan(p)]))
+        for (a, b, each), (low, high, p) in zip(pairs, tests, strict=True):
+            corrected, several, mean = p if np.isnan(p) else next(adjusted), len(pairs) > 1, float(np.mean(each))
+            low, high, p_holm = max(low, -1.0), min(high, 1.0), corrected if several else np.nan
+            told = verdict_over_seeds(a, b, "better", mean, corrected, len(each), several)
+            table.append([*key, a, b, len(each), each, mean, low, high, p, p_holm, told])
+    columns = ["seeds", "differences", "difference", "low", "high", "p", "p_holm", "verdict"]
+    return pd.DataFrame(table, columns=["baseline", "what", *PAIR, *columns])
+
+
 def _compare_answers(what: str, a, b) -> dict[str, Any]:
-    """Mean difference of the scores, its interval by a bootstrap over pictures; {} where fewer than two are shared."""
+    """Mean difference of the scores, its interval by a bootstrap over pictures; {} where fewer than two are shared.
+
+    "tell" makes the sentence: (a's name, b's, adjusted p, how) → text.
+    """
     first, second = ({row["id"]: row for row in read_answers(arm.folder)} for arm in (a, b))
     shared = [(row, second[key]) for key, row in first.items() if key in second]
     weights = np.array(weights_of(what, [row["group"] for row, _ in shared]))
@@ -91,13 +120,18 @@ def _compare_answers(what: str, a, b) -> dict[str, Any]:
     if len(names) < 2:
         return {}
     weight = np.bincount(picture, weights)
-    low, high = mean_interval(np.bincount(picture, weights * differences) / weight, weights=weight)
+    of_picture = np.bincount(picture, weights * differences) / weight
+    low, high = mean_interval(of_picture, weights=weight)
     value = float((weights * differences).sum() / weights.sum())
-    told = f"{a.arm if value > 0 else b.arm} better" if low > 0 or high < 0 else "not distinguishable"
-    if len(names) < FEW:
-        told = "too few pictures to tell"
-    told += f" ({value:+.3f} [{low:+.3f}, {high:+.3f}], {len(shared)} questions about {len(names)} pictures)"
-    return {"n": len(shared), "difference": value, "low": low, "high": high, "told": told}
+
+    def tell(a: str, b: str, p: float, how: str) -> str:
+        told = f"{a if value > 0 else b} better" if p < ALPHA else "not distinguishable"
+        told = "too few pictures to tell" if len(names) < FEW else told
+        counts = f"{len(shared)} questions about {len(names)} pictures"
+        return f"{told} ({value:+.3f} [{low:+.3f}, {high:+.3f}], {format_p(p)}{how}, {counts})"
+
+    p = sign_flip_p(of_picture, weight)
+    return {"n": len(shared), "difference": value, "low": low, "high": high, "p": p, "tell": tell}
 
 
 def _compare_cifar10(what: str, a, b) -> dict[str, Any]:
@@ -109,9 +143,13 @@ def _compare_cifar10(what: str, a, b) -> dict[str, Any]:
     if not shared:
         return {}
     test = paired_test(*([of[image] for image in shared] for of in right))
-    told = verdict(test, a.arm, b.arm).replace("pairs", "images").replace("episodes", "images")
     low, high = test.interval
-    return {"n": test.n, "difference": test.difference, "low": low, "high": high, "told": told}
+
+    def tell(a: str, b: str, p: float, how: str) -> str:
+        told = verdict(test, a, b, p).replace("pairs", "images").replace("episodes", "images")
+        return told.replace(format_p(p), f"{format_p(p)}{how}", 1)
+
+    return {"n": test.n, "difference": test.difference, "low": low, "high": high, "p": test.p, "tell": tell}
 
 
 def show_representations(console: Console, root: Path) -> None:
@@ -122,6 +160,7 @@ def show_representations(console: Console, root: Path) -> None:
     probes["place"] = [ORDER.index(what) if what in ORDER else len(ORDER) for what in probes.what]
     probes = probes.sort_values(["place", *KEYS])
     compared = compare_probes(probes)
+    methods = compare_over_seeds(compared)
     is_cifar = probes.place == len(ORDER)
     for title, mine in (("Visual question answering", probes[~is_cifar]), ("CIFAR-10 linear probe", probes[is_cifar])):
         if not len(mine):
@@ -135,6 +174,10 @@ def show_representations(console: Console, root: Path) -> None:
             n = f"{row.n}{'*' if row.missing else ''}"
             table.add_row(row.what, str(row.baseline), row.arm, row.train_seed, accuracy, n, row.extra)
         console.print(table)
+        for row in methods[methods.what.isin(set(mine.what))].itertuples():
+            each = ", ".join(f"{difference:+.3f}" for difference in row.differences)
+            interval = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}] (seeds: {each})"
+            console.print(f"{row.arm_a} vs {row.arm_b}, {row.what}: {row.verdict}: {interval}")
         for row in compared[compared.what.isin(set(mine.what))].itertuples():
             console.print(f"{row.arm_a} vs {row.arm_b}, seed {row.train_seed}, {row.what}: {row.told}")
         console.print()

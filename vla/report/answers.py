@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from vla.analysis import tables
+from vla.analysis import tables, vqa_tables
 from vla.analysis.chains import chains_table
 from vla.analysis.probe_tables import compare_losses
 from vla.analysis.probe_tables import verdict as loss_verdict
@@ -111,15 +111,22 @@ def _losses(losses: pd.DataFrame) -> list[Answer]:
 
 
 def _accuracies(accuracies: pd.DataFrame) -> list[Answer]:
-    found = []
-    for row in compare_probes(accuracies).itertuples():
-        is_cifar = row.what.startswith("cifar10")
-        question = f"{'Linear probe' if is_cifar else 'VQA'}: {row.what}, {row.baseline}"
+    found, compared = [], compare_probes(accuracies)
+    for row in vqa_tables.compare_over_seeds(compared).itertuples():
+        question = f"{_question(row)}, over training seeds"
         told = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
-        units = f"{row.n} {'images' if is_cifar else 'questions'}"
+        units = "of each seed: " + ", ".join(f"{difference:+.3f}" for difference in row.differences)
+        found.append(Answer(question, row.arm_a, row.arm_b, row.verdict, told, units, str(row.seeds)))
+    for row in compared.itertuples():
+        told = f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]"
+        units = f"{row.n} {'images' if row.what.startswith('cifar10') else 'questions'}"
         seed = "1" if row.train_seed == tables.NONE else f"1 (seed {row.train_seed})"
-        found.append(Answer(question, row.arm_a, row.arm_b, row.told, told, units, seed))
+        found.append(Answer(_question(row), row.arm_a, row.arm_b, row.told, told, units, seed))
     return found
+
+
+def _question(row) -> str:
+    return f"{'Linear probe' if row.what.startswith('cifar10') else 'VQA'}: {row.what}, {row.baseline}"
 
 
 def main_pairs(answers: list[Answer]) -> list[str]:
