@@ -108,16 +108,24 @@ def test_damaged_messages_get_an_answer_or_an_error(fuzzed, data):
         if not path:
             socket.recv()
         socket.send(bytes(message[:end]))
+        quiet = bool(path) and needs_no_reply(bytes(message[:end]))  # the type may have become another one
         try:
-            answer = socket.recv(timeout=1 if path else 10)
+            answer = socket.recv(timeout=0.2 if quiet else 10)
         except TimeoutError:
-            # of those that need no reply: the type may have become another one
-            assert path and unpack(bytes(message[:end]))["type"] in ("episode_start", "episode_end", "error")
+            assert quiet
             return
         if path:
             assert unpack_message(answer).type in (MessageType.ACTION, MessageType.ERROR, MessageType.HELLO)
         else:
             assert isinstance(answer, str) or unpack(answer)["actions"].shape == (3, 7)
+
+
+def needs_no_reply(message: bytes) -> bool:
+    try:
+        content = unpack(message)
+    except WireError:
+        return False
+    return isinstance(content, dict) and content.get("type") in ("episode_start", "episode_end", "error")
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def killed_and_resumed(tmp_path, episodes: int, kills: int, seed: int) -> int:
         met += process.is_alive()
         process.kill()
         process.join()
-        wait_for(lambda: not alive(pids(tmp_path)), 10)
+        wait_for(lambda: not alive(pids(tmp_path)), 30)
     last = roll(tmp_path, episodes, workers=2, env_kwargs=SLOW)
     assert last.summary["complete"] and last.summary["n"] == episodes
     assert files(tmp_path / "out") == files(tmp_path / "calm")
@@ -69,7 +69,7 @@ def test_a_schedulers_signal_ends_it_with_75_and_what_is_finished_stays(tmp_path
     os.kill(process.pid, number)  # a second one does not interrupt the cleaning up
     process.join(20)
     assert process.exitcode == 75
-    wait_for(lambda: not alive(pids(tmp_path)), 10)
+    wait_for(lambda: not alive(pids(tmp_path)), 30)
     kept = records.read_text().count("\n")
     assert 1 <= kept < 12 and json.loads((tmp_path / "out/summary.json").read_text())["n"] == kept
     assert roll(tmp_path, 12, workers=2, env_kwargs=SLOW).finished == 12 - kept
@@ -82,7 +82,7 @@ def test_a_handler_that_was_there_is_asked_instead(tmp_path):
     os.kill(process.pid, signal.SIGUSR2)
     process.join(20)
     assert process.exitcode == 93
-    wait_for(lambda: not alive(pids(tmp_path)), 10)
+    wait_for(lambda: not alive(pids(tmp_path)), 30)
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_the_command_on_real_libero_killed_and_taken_up_in_shards(tmp_path):
         wait_for(lambda n=wanted, p=process: rows("struck") >= n or p.poll() is not None, 300)
         process.send_signal(blow)
         assert process.wait(30) == code
-        wait_for(lambda p=process: not simulators(p.pid), 10)
+        wait_for(lambda p=process: not simulators(p.pid), 30)
     kept = rows("struck")
     assert 2 <= kept < 4
     shards = evaluate("struck", "-m", "shard=0,1", "shards=2", "evaluation.workers=1")

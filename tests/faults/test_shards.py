@@ -77,7 +77,7 @@ def test_what_an_incomplete_array_has_left_is_taken_up(tmp_path, calm):
     wait_for(rows.exists)
     killed.kill()
     killed.join()
-    wait_for(lambda: not alive(pids(tmp_path)), 10)
+    wait_for(lambda: not alive(pids(tmp_path)), 30)
     left = 7 - 2 - rows.read_text().count("\n")
     first = roll(tmp_path, 7, shard=Shard(0, 2))
     assert first.finished == (left + 1) // 2 and not first.whole
