@@ -65,8 +65,8 @@ def main(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
             with one_line(name):
                 sys.argv[1:] = expand(name, multirun_first(sys.argv[1:]), CONF)
                 if plan.DRY_RUN in sys.argv:
-                    cells = (compose_config(name, *job) for job in plan.jobs(sys.argv[1:]))
-                    plan.show(name, [cell_of(cell, name) for cell in cells])
+                    jobs = plan.told(plan.jobs(sys.argv[1:]), "composing")
+                    plan.show(name, [compose_config(name, *plan.command_line(job)) for job in jobs])
                     return
                 before_launch(sys.argv[1:])
                 compose_and_run()

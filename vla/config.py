@@ -8,6 +8,7 @@ Nothing here imports torch: `--help` and a misspelt key answer at once.
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError, dataclass, field
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -296,6 +297,7 @@ PROGRAMS = {
 }
 
 
+@cache
 def register() -> None:
     """Make the dataclasses known to Hydra, under the names that the defaults lists in conf/ use."""
     store = ConfigStore.instance()

@@ -10,12 +10,15 @@ MFU of PEAK. `max_steps` bounds the steps where `max_epochs` may end a run earli
 
 from __future__ import annotations
 
+import shlex
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from vla.config import EvaluateConfig, TrainConfig
@@ -43,6 +46,21 @@ def jobs(words: list[str]) -> list[list[str]]:
     return [job for batch in BasicSweeper.split_arguments(parsed, max_batch_size=None) for job in batch]
 
 
+def command_line(job: list[str]) -> list[str]:
+    """What a job composes: its own words, or those of the `cell` that it stands for (vla/experiment.py)."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for override in OverridesParser.create().parse_overrides(job):
+        if override.key_or_group == "cell":
+            return shlex.split(override.value())
+    return job
+
+
+def told(what: list[Any], doing: str) -> Iterable[Any]:
+    """`what`, with a progress bar on a terminal: an experiment's configurations and models take some seconds."""
+    return track(what, description=doing, console=Console(stderr=True), transient=True)
+
+
 def show(program: str, configs: list[Any]) -> None:
     """Print the plan of a program's configurations."""
     if program not in ("train", "evaluate"):
@@ -56,7 +74,7 @@ def training(configs: list[TrainConfig]) -> Table:
     for column in ("run", "state", "steps", "samples", "GPU h", "GB a device", "disk, GB"):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
     hours = disk = open_runs = 0
-    for cfg in configs:
+    for cfg in told(configs, "counting parameters"):
         state, steps = state_of(run_dir(cfg)), f"{'≤ ' if cfg.max_epochs else ''}{cfg.max_steps:,}"
         needed, size = (0.0 if cfg.untouched else gpu_hours(cfg)), gigabytes(cfg)
         samples = f"{cfg.max_steps * cfg.batch_size:,}"
