@@ -19,7 +19,7 @@ SUCCESS, AVG_LEN = "success rate", "Avg. Len."
 LARGEST = {SUCCESS: 1.0, AVG_LEN: float(CHAIN)}
 """Differences that can be."""
 NAMES = {"cosine": "alignment, cosine", "scale": "alignment, scale", "probe": "state probe, mm"}
-COLUMNS = ["measure", "arm_a", "arm_b", "seeds", "differences", "difference", "low", "high", "p", "p_holm", "verdict"]
+COLUMNS = ["arm_a", "arm_b", "seeds", "differences", "difference", "low", "high", "p", "p_holm", "verdict"]
 
 
 def compare_over_seeds(episodes: pd.DataFrame, analyses: pd.DataFrame) -> pd.DataFrame:
@@ -40,19 +40,27 @@ def compare_over_seeds(episodes: pd.DataFrame, analyses: pd.DataFrame) -> pd.Dat
         for a, b in family:
             shared = sorted(of_seed[a].keys() & of_seed[b].keys(), key=lambda seed: (len(seed), seed))
             each = [d for seed in shared if (d := _difference(of_seed[a][seed], of_seed[b][seed])) is not None]
-            if len(each) > 1:
-                pairs.append((a, b, each, over_seeds(each)))
-        adjusted = iter(holm([p for *_, (_, _, p) in pairs if not np.isnan(p)]))
-        for a, b, each, (low, high, p) in pairs:
-            corrected = p if np.isnan(p) else next(adjusted)
-            if most := LARGEST.get(measure):
-                low, high = max(low, -most), min(high, most)
-            several, mean = len(pairs) > 1, float(np.mean(each))
-            row = [measure, a, b, len(each), each, mean, low, high, p, corrected if several else np.nan]
-            word = "better" if measure in LARGEST else "is higher"
-            row.append(verdict_over_seeds(a, b, word, mean, corrected, len(each), several))
-            table.append([benchmark, conditions, *row])
-    return pd.DataFrame(table, columns=[*GROUP, *COLUMNS])
+            pairs.append((a, b, each))
+        table += [[benchmark, conditions, measure, *row] for row in judged(pairs, LARGEST.get(measure))]
+    return pd.DataFrame(table, columns=[*GROUP, "measure", *COLUMNS])
+
+
+def judged(pairs: list[tuple[str, str, list[float]]], most: float | None) -> list[list]:
+    """Rows of COLUMNS of a family of pairs (arm a, arm b, a − b per training seed); none of one seed or without any.
+
+    Args:
+        most: the largest difference that can be, where the larger number makes an arm better; None: it is higher only.
+    """
+    pairs = [pair for pair in pairs if len(pair[-1]) > 1]
+    tests = [over_seeds(each) for *_, each in pairs]
+    adjusted, several, rows = iter(holm([p for *_, p in tests if not np.isnan(p)])), len(pairs) > 1, []
+    for (a, b, each), (low, high, p) in zip(pairs, tests, strict=True):
+        corrected, mean = p if np.isnan(p) else next(adjusted), float(np.mean(each))
+        if most is not None:
+            low, high = max(low, -most), min(high, most)
+        told = _verdict(a, b, "is higher" if most is None else "better", mean, corrected, len(each), several)
+        rows.append([a, b, len(each), each, mean, low, high, p, corrected if several else np.nan, told])
+    return rows
 
 
 def told(row) -> str:
@@ -89,7 +97,7 @@ def _difference(a: pd.Series | float, b: pd.Series | float) -> float | None:
     return float(shared.mean()) if len(shared) else None
 
 
-def verdict_over_seeds(a: str, b: str, word: str, difference: float, p: float, seeds: int, several: bool) -> str:
+def _verdict(a: str, b: str, word: str, difference: float, p: float, seeds: int, several: bool) -> str:
     """ "ptr better (p = 0.01, Holm, 5 training seeds)"; `word` is what the larger number makes an arm."""
     if np.isnan(p):
         return f"the same difference in all {seeds} training seeds: no test"

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from vla.analysis.resampling import over_seeds, sign_flip_p
-from vla.analysis.seed_tables import verdict_over_seeds
+from vla.analysis.resampling import sign_flip_p
+from vla.analysis.seed_tables import COLUMNS, judged
 from vla.analysis.statistics import ALPHA, format_p, holm, mean_interval, paired_test, verdict
 from vla.analysis.tables import NONE
 from vla.analysis.vqa_records import read_answers, weights_of
@@ -95,16 +95,9 @@ def compare_over_seeds(compared: pd.DataFrame) -> pd.DataFrame:
     """
     table, trained = [], compared[compared.train_seed != NONE]
     for key, group in trained.groupby(["baseline", "what"], dropna=False, sort=False):
-        pairs = [(*arms, rows.difference.tolist()) for arms, rows in group.groupby(PAIR) if len(rows) > 1]
-        tests = [over_seeds(each) for *_, each in pairs]
-        adjusted = iter(holm([p for *_, p in tests if not np.isnan(p)]))
-        for (a, b, each), (low, high, p) in zip(pairs, tests, strict=True):
-            corrected, several, mean = p if np.isnan(p) else next(adjusted), len(pairs) > 1, float(np.mean(each))
-            low, high, p_holm = max(low, -1.0), min(high, 1.0), corrected if several else np.nan
-            told = verdict_over_seeds(a, b, "better", mean, corrected, len(each), several)
-            table.append([*key, a, b, len(each), each, mean, low, high, p, p_holm, told])
-    columns = ["seeds", "differences", "difference", "low", "high", "p", "p_holm", "verdict"]
-    return pd.DataFrame(table, columns=["baseline", "what", *PAIR, *columns])
+        pairs = [(*arms, rows.difference.tolist()) for arms, rows in group.groupby(PAIR)]
+        table += [[*key, *row] for row in judged(pairs, most=1.0)]
+    return pd.DataFrame(table, columns=["baseline", "what", *COLUMNS])
 
 
 def _compare_answers(what: str, a, b) -> dict[str, Any]:
