@@ -65,7 +65,7 @@ def main(name: str) -> Callable[[Callable[[Any], Any]], Callable[[], None]]:
             with one_line(name):
                 sys.argv[1:] = expand(name, multirun_first(sys.argv[1:]), CONF)
                 if plan.DRY_RUN in sys.argv:
-                    jobs = plan.told(plan.jobs(sys.argv[1:]), "composing")
+                    jobs = plan.with_progress(plan.jobs(sys.argv[1:]), "composing")
                     plan.show(name, [compose_config(name, *plan.command_line(job)) for job in jobs])
                     return
                 before_launch(sys.argv[1:])

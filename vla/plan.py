@@ -56,7 +56,7 @@ def command_line(job: list[str]) -> list[str]:
     return job
 
 
-def told(what: list[Any], doing: str) -> Iterable[Any]:
+def with_progress(what: list[Any], doing: str) -> Iterable[Any]:
     """`what`, with a progress bar on a terminal: an experiment's configurations and models take some seconds."""
     return track(what, description=doing, console=Console(stderr=True), transient=True)
 
@@ -74,7 +74,7 @@ def training(configs: list[TrainConfig]) -> Table:
     for column in ("run", "state", "steps", "samples", "GPU h", "GB a device", "disk, GB"):
         table.add_column(column, justify="left" if column in ("run", "state") else "right", overflow="fold")
     hours = disk = open_runs = 0
-    for cfg in told(configs, "counting parameters"):
+    for cfg in with_progress(configs, "counting parameters"):
         state, steps = state_of(run_dir(cfg)), f"{'≤ ' if cfg.max_epochs else ''}{cfg.max_steps:,}"
         needed, size = (0.0 if cfg.untouched else gpu_hours(cfg)), gigabytes(cfg)
         samples = f"{cfg.max_steps * cfg.batch_size:,}"
