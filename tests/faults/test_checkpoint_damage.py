@@ -128,7 +128,7 @@ def test_killed_after_the_last_checkpoint_the_average_is_exported(trained, store
     assert weights(train(config(store, tmp_path / "plain", "optim.ema=0"))) != weights(trained / "policy")
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_no_flipped_bit_goes_unseen(data, tmp_path_factory):
     """In any file of a checkpoint, those of a sharded one too, and in the manifest."""

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import make_episodes
 from evaluating import slow
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lerobot_files import hub_like
 from rlds_files import BRIDGE, made_steps, write_rlds
@@ -189,7 +189,7 @@ def written(tmp_path_factory):
     return path
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(data=st.data())
 def test_any_changed_byte_of_a_store_is_named(written, tmp_path_factory, data):
     written = written / data.draw(st.sampled_from(["raw", "jpeg"]))
